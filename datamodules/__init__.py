@@ -1,0 +1,27 @@
+"""Data modules: one file tells one data set's whole story (find it, check it, read it, batch it)."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datamodules.embedded.digits import DigitsDataModule
+    from datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
+
+# Importing Lightning costs seconds, so a class is imported when it is first asked for.
+_MODULES = {
+    "DigitsDataModule": "datamodules.embedded.digits",
+    "FashionMNISTDataModule": "datamodules.mnist",
+    "MNISTDataModule": "datamodules.mnist",
+}
+
+__all__ = ["DigitsDataModule", "FashionMNISTDataModule", "MNISTDataModule"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    raise AttributeError(f"module 'datamodules' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,119 @@
+"""Labelled images of one size that fit in memory: uint8 tensors, batches by index, whole-batch work on the device."""
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+
+from datamodules.augmentation import random_flip, random_translate
+from datamodules.sampling import EvaluationBatches, TensorLoader, TrainingBatches
+
+
+class InMemoryDataModule(LightningDataModule):
+    """Abstract: batches ``(images, labels)`` from tensors held in memory, on the device that trains.
+
+    After the transfer ``images`` is float32 (N, C, H, W) in [0, 1] and ``labels`` int64 (N,) in ``[0, num_classes)``.
+    Held images are uint8; scaling and augmentation run on the device for the whole batch, augmentation in training
+    only. A subclass sets ``num_classes`` and ``class_names`` and defines :meth:`read`.
+
+    Args:
+        batch_size: Images of a global training batch: all processes together.
+        eval_batch_size: Images per process in validation, test and prediction.
+        val_size: Training images held out for validation; 0 trains on all of them without validation.
+        split_seed: Seed of that split, apart from the run's seed so that runs compare.
+        translate: Each training image is shifted by up to so many pixels on both axes.
+        flip: Mirror half of the training images.
+    """
+
+    num_classes: int
+    class_names: list[str]
+
+    def __init__(
+        self,
+        batch_size: int,
+        eval_batch_size: int,
+        val_size: int,
+        split_seed: int,
+        translate: int = 0,
+        flip: bool = False,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_size = val_size
+        self.split_seed = split_seed
+        self.translate = translate
+        self.flip = flip
+        self.train_set: tuple[Tensor, Tensor] | None = None
+        self.val_set: tuple[Tensor, Tensor] | None = None
+        self.test_set: tuple[Tensor, Tensor] | None = None
+
+    def read(self, train: bool) -> tuple[Tensor, Tensor]:
+        """Read the training or the test images, uint8 (N, C, H, W), and their labels, int64 (N,)."""
+        raise NotImplementedError(f"{type(self).__name__} must define read()")
+
+    def setup(self, stage: str) -> None:
+        """Read what ``stage`` needs, once, and split training from validation, alike on every process."""
+        if stage in ("fit", "validate") and self.train_set is None:
+            images, labels = self.read(train=True)
+            if not 0 <= self.val_size < len(images):
+                raise ValueError(f"val_size={self.val_size} must lie between 0 and {len(images) - 1}")
+            order = torch.from_numpy(np.random.default_rng(self.split_seed).permutation(len(images)))
+            held_out, kept = order[: self.val_size].sort().values, order[self.val_size :].sort().values
+            self.val_set = images[held_out], labels[held_out]
+            self.train_set = images[kept], labels[kept]
+        if stage in ("test", "predict") and self.test_set is None:
+            self.test_set = self.read(train=False)
+
+    def train_dataloader(self) -> TensorLoader:
+        """Shuffled training batches; the order follows the run's seed, and is fixed under ``overfit_batches``."""
+        tensors = self._on_device(self.train_set)
+        # Without seed_everything each process has a seed of its own, and their shares would overlap: take rank 0's.
+        seed = torch.initial_seed() % 2**63
+        seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
+        batches = TrainingBatches(
+            len(tensors[1]),
+            self.batch_size,
+            seed,
+            shuffle=self.trainer is None or not self.trainer.overfit_batches,
+            rank=0 if self.trainer is None else self.trainer.global_rank,
+            world_size=1 if self.trainer is None else self.trainer.world_size,
+            device=tensors[1].device,
+        )
+        return TensorLoader(tensors, batches)
+
+    def val_dataloader(self) -> TensorLoader | list[TensorLoader]:
+        """Validation batches, each sample once over all processes; none where ``val_size`` is 0."""
+        return self._evaluation_loader(self.val_set) if self.val_size else []
+
+    def test_dataloader(self) -> TensorLoader:
+        """Test batches, each sample once over all processes."""
+        return self._evaluation_loader(self.test_set)
+
+    def predict_dataloader(self) -> TensorLoader:
+        """The test images, in order."""
+        return self._evaluation_loader(self.test_set)
+
+    def on_after_batch_transfer(
+        self, batch: tuple[Tensor, Tensor] | Tensor, dataloader_idx: int
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """Turn uint8 images into float32 in [0, 1], in training after augmentation."""
+        if isinstance(batch, Tensor):  # a model's example_input_array, on its way through Lightning's summary
+            return batch
+        images, labels = batch
+        if self.trainer is not None and self.trainer.training:
+            images = random_translate(images, self.translate) if self.translate else images
+            images = random_flip(images) if self.flip else images
+        return images.float().div_(255), labels
+
+    def _evaluation_loader(self, tensors: tuple[Tensor, Tensor] | None) -> TensorLoader:
+        images, labels = self._on_device(tensors)
+        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        batches = EvaluationBatches(len(labels), self.eval_batch_size, rank, world_size, labels.device)
+        return TensorLoader((images, labels), batches)
+
+    def _on_device(self, tensors: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        if tensors is None:
+            raise RuntimeError(f"call {type(self).__name__}.setup() before asking for its batches")
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        return tensors[0].to(device), tensors[1].to(device)

@@ -1,0 +1,199 @@
+"""Batches by index: a training order whose place can be saved, and an evaluation that counts each sample once.
+
+PyTorch's DistributedSampler repeats samples until every process has equally many, so that metrics of several processes
+differ from those of one (https://github.com/pytorch/pytorch/issues/25162). Here no sample is repeated or left out.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class TrainingBatches:
+    """Shuffled index batches of one process; the order depends on ``seed`` and the epoch alone.
+
+    A *global* batch is cut from the epoch's order and every process takes its equal share of it, so that k processes
+    together see the batches that one process sees. The remainder of an epoch that fills no global batch is left out
+    (another one each epoch); a data set smaller than one batch is one batch.
+
+    Lightning saves ``state_dict`` inside the checkpoint, also in the middle of an epoch, and tells the epoch through
+    ``set_epoch``. Without Lightning every ``iter`` is the next epoch.
+
+    Args:
+        size: Number of samples in the data set.
+        batch_size: Samples of a global batch: all processes together.
+        seed: Seed of the order.
+        shuffle: False keeps the order of the data set.
+        rank: This process, in ``[0, world_size)``.
+        world_size: Number of processes.
+        device: Where the index batches are wanted: the device that holds the data.
+
+    Raises:
+        ValueError: ``batch_size`` is not a positive multiple of ``world_size``, or there are fewer samples than
+            processes.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            nearest = max(1, round(batch_size / world_size)) * world_size
+            raise ValueError(
+                f"batch_size={batch_size} counts the samples of all processes together and must be a positive "
+                f"multiple of the {world_size} processes: {nearest} would do"
+            )
+        if size < world_size:
+            raise ValueError(f"{size} training samples are too few for {world_size} processes")
+        self.size = size
+        self.batch_size = min(batch_size, size - size % world_size)
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+        self.epoch = -1
+        self.next_batch = 0
+        self._resume_at: tuple[int, int] | None = None  # (epoch, batch) of a restored place
+        self._told_epoch: int | None = None
+
+    @property
+    def sampler(self) -> "TrainingBatches":
+        """Where Lightning looks for ``set_epoch``: ``loader.batch_sampler.sampler``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make ``epoch`` (from 0) the one that the next iteration runs."""
+        self._told_epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size // self.batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        # A generator: nothing below runs before the first batch is taken, and Lightning calls set_epoch in between.
+        self.epoch = self.epoch + 1 if self._told_epoch is None else self._told_epoch
+        self.next_batch = 0
+        if self._resume_at is not None:
+            epoch, batch = self._resume_at
+            if self._told_epoch is None or self._told_epoch == epoch:
+                self.epoch, self.next_batch = epoch, batch
+            self._resume_at = None
+        self._told_epoch = None
+        order = self._order(self.epoch).to(self.device)
+        while self.next_batch < len(self):
+            start = self._start(self.next_batch)
+            # Counted before the batch is handed out: a checkpoint written while it is used must not repeat it.
+            self.next_batch += 1
+            yield order[start : start + self.batch_size // self.world_size]
+
+    def indices(self, batch: int) -> list[int]:
+        """The samples of this process in batch number ``batch`` of the current epoch, to name them in a message."""
+        start = self._start(batch)
+        return self._order(self.epoch)[start : start + self.batch_size // self.world_size].tolist()
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the order, as plain numbers."""
+        return {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "next_batch": self.next_batch,
+            "size": self.size,
+            "batch_size": self.batch_size,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a saved place.
+
+        Raises:
+            ValueError: The place is in the middle of an epoch of other data or another global batch.
+        """
+        mid_epoch = 0 < state["next_batch"] < state["size"] // state["batch_size"]
+        for name, now in (("size", self.size), ("batch_size", self.batch_size)):
+            if mid_epoch and state[name] != now:
+                raise ValueError(
+                    f"the checkpoint was written after batch {state['next_batch']} of an epoch with "
+                    f"{name}={state[name]}, the data module now has {name}={now}: resume with the same data and the "
+                    "same global batch, or start anew from the checkpoint with --model.init_args.weights"
+                )
+        self.seed = state["seed"]
+        self._resume_at = (state["epoch"], state["next_batch"])
+        self.epoch, self.next_batch = state["epoch"], state["next_batch"]
+
+    def _start(self, batch: int) -> int:
+        return batch * self.batch_size + self.rank * (self.batch_size // self.world_size)
+
+    def _order(self, epoch: int) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(self.size)
+        return torch.from_numpy(np.random.default_rng([self.seed, epoch]).permutation(self.size))
+
+
+class EvaluationBatches:
+    """Index batches of one process that cover the data set exactly once over all processes, in order.
+
+    Process r takes samples r, r + k, r + 2k, …. Every process yields equally many batches, since DDP synchronises
+    buffers at each step; a process that runs out of samples ends with an empty batch.
+
+    Args:
+        size: Number of samples in the data set.
+        batch_size: Samples of a batch, per process.
+        rank: This process, in ``[0, world_size)``.
+        world_size: Number of processes.
+        device: Where the index batches are wanted.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"
+    ) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+
+    def __len__(self) -> int:
+        return math.ceil(math.ceil(self.size / self.world_size) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        mine = torch.arange(self.rank, self.size, self.world_size, device=self.device)
+        for batch in range(len(self)):
+            yield mine[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+class TensorLoader:
+    """Batches of in-memory tensors, each taken by one index operation: no per-sample work, no worker processes.
+
+    Args:
+        tensors: Tensors of equal length; a batch is a tuple with the chosen rows of each.
+        batch_sampler: Which rows make a batch.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...], batch_sampler: TrainingBatches | EvaluationBatches) -> None:
+        self.tensors = tensors
+        self.batch_sampler = batch_sampler
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for index in self.batch_sampler:
+            yield tuple(tensor[index] for tensor in self.tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place of the training order; empty for evaluation, which always starts at the beginning."""
+        return self.batch_sampler.state_dict() if isinstance(self.batch_sampler, TrainingBatches) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved place; see :class:`TrainingBatches`."""
+        if isinstance(self.batch_sampler, TrainingBatches):
+            self.batch_sampler.load_state_dict(state)

@@ -1,0 +1,30 @@
+"""A model zoo for PyTorch Lightning: every architecture of a computer-vision course, with data and recipes.
+
+``import zoo`` is cheap: an architecture, and Lightning with it, is imported when it is first asked for. The public
+path of a class (``zoo.LeNet``) is written into checkpoints and never changes.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoo.lenet import LeNet
+    from zoo.weights import load, save
+
+__version__ = "0.1.0"
+
+ARCHITECTURES = {"LeNet": "zoo.lenet"}
+_FUNCTIONS = {"load": "zoo.weights", "save": "zoo.weights"}
+
+__all__ = ["LeNet", "load", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    module = ARCHITECTURES.get(name) or _FUNCTIONS.get(name)
+    if module is None:
+        raise AttributeError(f"module 'zoo' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,103 @@
+"""Export of a trained model: safetensors, ONNX or torch.export, each checked against the model that it came from."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from zoo.weights import describe, load, read_weights, save
+
+Format = Literal["safetensors", "onnx", "pt2"]
+SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "onnx": ".onnx", "pt2": ".pt2"}
+TOLERANCE = 1e-4  # largest difference of any output that is taken for rounding
+
+
+class _Network(nn.Module):
+    """A model's forward without Lightning around it."""
+
+    def __init__(self, module: LightningModule) -> None:
+        super().__init__()
+        self.backbone = module.backbone
+        self.head = module.head
+        self.model = [module]  # in a list: not a submodule, so that metrics are not exported
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model[0](images)
+
+
+def export(checkpoint: Path, file_format: Format, out: Path | None = None, licence: str = "") -> Path:
+    """Write a model in another format, complete or not at all.
+
+    ONNX and pt2 take images (N, C, H, W) in [0, 1] with any N, and carry class path, arguments and class names.
+
+    Args:
+        checkpoint: A ``.ckpt`` of a run, or a ``.safetensors`` weights file.
+        file_format: ``safetensors`` (read back by ``zoo.load``), ``onnx`` or ``pt2``.
+        out: The new file; by default beside the checkpoint.
+        licence: Licence of the weights, written into safetensors.
+
+    Returns:
+        The new file.
+
+    Raises:
+        ImportError: The format's library is not installed.
+        RuntimeError: The exported model gives other outputs than the model.
+    """
+    module = load(checkpoint)
+    out = out or checkpoint.with_suffix(SUFFIXES[file_format])
+    if file_format == "safetensors":
+        _, header = read_weights(checkpoint)
+        save(module, out, header.get("recipe", ""), header.get("metrics"), licence or header.get("licence", ""))
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{uuid4().hex}{out.suffix}"
+    # Two images: torch.export takes a size of one for a constant.
+    example = torch.rand(2, *module.example_input_array.shape[1:], generator=torch.Generator().manual_seed(0))
+    try:
+        difference = (_write_onnx if file_format == "onnx" else _write_pt2)(module, example, partial)
+        if not difference <= TOLERANCE:
+            raise RuntimeError(f"the exported model's outputs differ by {difference:.1e}, more than {TOLERANCE:.0e}")
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return out
+
+
+def _write_pt2(module: LightningModule, example: Tensor, path: Path) -> float:
+    """Write with torch.export, read back, and return the largest difference of the outputs."""
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(_Network(module), (example,), dynamic_shapes=({0: batch},))
+    torch.export.save(program, path, extra_files={"zoo.json": json.dumps(describe(module))})
+    other = torch.cat([example, example[:1]])
+    with torch.no_grad():
+        return float((torch.export.load(path).module()(other) - module(other)).abs().max())
+
+
+def _write_onnx(module: LightningModule, example: Tensor, path: Path) -> float:
+    """Write ONNX, run it with onnxruntime, and return the largest difference of the outputs."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  torch.onnx imports it; asked for here to name the extra
+    except ImportError as error:
+        raise ImportError(f"ONNX export needs {error.name}: pip install 'zoo[export]'") from error
+    program = torch.onnx.export(
+        _Network(module),
+        (example,),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["outputs"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
+    assert program is not None
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in describe(module).items()})
+    program.save(path, external_data=False)
+    other = torch.cat([example, example[:1]])
+    (found,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": other.numpy()})
+    with torch.no_grad():
+        return float((torch.from_numpy(found) - module(other)).abs().max())

@@ -1,0 +1,1 @@
+"""What every run needs and Lightning lacks; the command line adds its callbacks by itself."""

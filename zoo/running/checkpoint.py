@@ -1,0 +1,168 @@
+"""Checkpoints that a crash cannot destroy and that cannot run code."""
+
+import contextlib
+import os
+import pickle
+import threading
+from pathlib import Path
+from signal import SIGINT, default_int_handler, getsignal, signal
+from types import FrameType
+from typing import Any
+from uuid import uuid4
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Saves atomically in the target's own folder and loads tensors and plain values only.
+
+    Lightning writes to the folder for temporary files and moves the result, which truncates the old file where that is
+    another file system (https://github.com/Lightning-AI/pytorch-lightning/issues/19970). Here the new file is written
+    beside the old one, flushed to disk, and then renamed over it. Remote paths (``s3://…``) are left to Lightning.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any | None = None
+    ) -> None:
+        """Write ``checkpoint`` to ``path``; until it is complete on disk the file there stays as it was.
+
+        Raises:
+            OSError: The file cannot be written (disk full, quota, permission); nothing half-written stays.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            write_atomically(Path(path), checkpoint)
+
+    def load_checkpoint(
+        self, path: str | os.PathLike, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint; ``weights_only`` is taken as True whatever is asked. See :func:`read_checkpoint`."""
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        return read_checkpoint(path)
+
+
+def write_atomically(path: Path, content: Any) -> None:
+    """``torch.save`` to a file beside ``path``, flush, rename; remove what killed processes left of the same name.
+
+    Raises:
+        OSError: The file cannot be written; it names ``path``, and the file there is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.partial"):
+        stale.unlink(missing_ok=True)
+    partial = path.parent / f".{path.name}.{uuid4().hex}.partial"
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise OSError(f"{path} could not be written ({error}); what was there before is untouched") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a file of ``torch.save`` to the CPU, tensors and plain values only.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file would run code when loaded, is truncated, or holds no dictionary.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "nsupported" in line or "GLOBAL" in line), "")
+        raise ValueError(
+            f"{path} is refused: it holds more than tensors and plain values, and loading that could run code "
+            f"({reason.strip()[:160]}). Ask its author for a .safetensors file"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is truncated or no checkpoint ({reason}): use another one") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a checkpoint or a state dict")
+    return content
+
+
+def checkpoint_callbacks(monitor: str | None, mode: str, minutes: float = 10.0) -> list[Callback]:
+    """What keeps ``best.ckpt`` (by ``monitor``) and ``last.ckpt``, the newest state whatever the metric says.
+
+    ``last.ckpt`` is written after every epoch, every so many ``minutes`` within one, and when the run is asked to
+    stop. Lightning's own ``save_last`` is a copy of the best (pvnet issue 544), so it is not used.
+    """
+    from datetime import timedelta
+
+    last: dict[str, Any] = {"filename": "last", "enable_version_counter": False}
+    callbacks: list[Callback] = [
+        ModelCheckpoint(**last, save_on_train_epoch_end=True),
+        ModelCheckpoint(**last, train_time_interval=timedelta(minutes=minutes)),
+        SaveWhenAskedToStop(),
+    ]
+    if monitor is not None:
+        best = ModelCheckpoint(monitor=monitor, mode=mode, filename="best", enable_version_counter=False)
+        callbacks.insert(0, best)
+    return callbacks
+
+
+class SaveWhenAskedToStop(Callback):
+    """On SIGTERM, and on the first Ctrl+C, finishes the batch, saves ``last.ckpt`` and ends the run.
+
+    A second Ctrl+C ends it at once; ``last.ckpt`` is then the one of the last epoch or interval.
+    """
+
+    def __init__(self) -> None:
+        self._interrupted = False
+        self._previous: Any = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take Ctrl+C over where nobody else has."""
+        main_thread = threading.current_thread() is threading.main_thread()
+        if main_thread and getsignal(SIGINT) is default_int_handler:
+            self._previous = signal(SIGINT, self._on_interrupt)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Pass Ctrl+C on as if it were SIGTERM: Lightning then leaves its loop where a run can be resumed."""
+        if self._interrupted:
+            trainer._signal_connector.received_sigterm = True
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save where the run was asked to stop; after any other exception the state may be torn."""
+        self._release()
+        if isinstance(exception, SIGTERMException) and not trainer.fast_dev_run:
+            first = trainer.checkpoint_callback
+            if isinstance(first, ModelCheckpoint) and first.dirpath:
+                path = os.path.join(first.dirpath, "last.ckpt")
+                trainer.save_checkpoint(path)
+                rank_zero_info(f"asked to stop: saved {path}; go on with --ckpt_path {path}")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give Ctrl+C back."""
+        self._release()
+
+    def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        rank_zero_info("\nCtrl+C: saving after this batch; press again to stop at once")
+
+    def _release(self) -> None:
+        if self._previous is not None:
+            signal(SIGINT, self._previous)
+            self._previous = None

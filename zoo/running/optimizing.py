@@ -1,0 +1,87 @@
+"""Optimizer and schedule from a recipe, in steps, and the linear scaling rule for several processes."""
+
+from collections.abc import Callable
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR, SequentialLR
+
+# (optimizer, number of optimizer steps in the run) -> schedule, stepped once per optimizer step
+SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
+
+
+def configure_optimizers(
+    module: LightningModule, optimizer: OptimizerCallable, scheduler: SchedulerCallable | None
+) -> OptimizerLRScheduler:
+    """Build a module's optimizer over its trainable parameters, and its schedule over the run's steps."""
+    built = optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
+    if scheduler is None:
+        return built
+    schedule = scheduler(built, int(module.trainer.estimated_stepping_batches))
+    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class LinearScaling(Callback):
+    """The linear scaling rule: k processes, k times the batch and the learning rate, after a warm-up from 0.
+
+    Lecture 11; Goyal et al., 2017, https://arxiv.org/abs/1706.02677 (section 2). Without it a recipe's global batch is
+    shared among the processes and nothing else changes. A data module with ``batch_size`` gets k times its value;
+    plain data loaders state the batch of a process and are left alone.
+
+    Args:
+        warmup_steps: Optimizer steps over which the rate rises linearly from 0; the schedule of the recipe, made for
+            the steps that remain, follows. Cut to a tenth of a run that is shorter than ten times as long.
+
+    Raises:
+        ValueError: The module has no ``optimizer`` callable to scale.
+    """
+
+    def __init__(self, warmup_steps: int = 5000) -> None:
+        self.warmup_steps = warmup_steps
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wrap the module's optimizer and schedule before Lightning asks for them."""
+        factor = trainer.world_size
+        if stage != "fit" or factor == 1:
+            return
+        if not callable(getattr(pl_module, "optimizer", None)):
+            raise ValueError(f"linear scaling needs a module with an `optimizer` callable, {type(pl_module)} has none")
+        data = getattr(trainer, "datamodule", None)
+        if hasattr(data, "batch_size"):
+            data.batch_size *= factor
+        build, schedule = pl_module.optimizer, pl_module.scheduler
+
+        def scaled(parameters: list) -> Optimizer:
+            optimizer = build(parameters)
+            for group in optimizer.param_groups:
+                group["lr"] *= factor
+            rates = sorted({group["lr"] for group in optimizer.param_groups})
+            rank_zero_info(f"linear scaling: {factor} processes, learning rate {rates}")
+            return optimizer
+
+        pl_module.optimizer = scaled
+        pl_module.scheduler = lambda optimizer, steps: warm_up(optimizer, steps, self.warmup_steps, schedule)
+
+
+def warm_up(
+    optimizer: Optimizer, steps: int, warmup_steps: int, scheduler: SchedulerCallable | None
+) -> LRScheduler:
+    """A linear rise from 0 over ``warmup_steps`` (at most a tenth of ``steps``), then ``scheduler`` over the rest."""
+    if warmup_steps > steps // 10:
+        warmup_steps = max(1, steps // 10)
+        rank_zero_warn(f"linear scaling: the warm-up is cut to {warmup_steps} steps, a tenth of the run's {steps}")
+    rise = LambdaLR(optimizer, lambda step: min(1.0, step / warmup_steps))
+    if scheduler is None:
+        return rise
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"]  # the rise has set it to 0; the schedule starts from the full rate
+    rest = scheduler(optimizer, steps - warmup_steps)
+    if isinstance(rest, OneCycleLR | CyclicLR):
+        raise ValueError(
+            f"linear scaling cannot scale {type(rest).__name__}, which sets a rate of its own: use another schedule "
+            "(CosineAnnealingLR, say), or leave linear_scaling off and set max_lr by hand"
+        )
+    return SequentialLR(optimizer, [rise, rest], milestones=[warmup_steps])

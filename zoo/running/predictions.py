@@ -1,0 +1,64 @@
+"""Predictions as files: all of them as JSON lines, the first batch as a picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from zoo.running.pictures import write_png
+
+
+class WritePredictions(Callback):
+    """Writes ``predictions.jsonl`` and ``predictions.png`` to the run's folder after a prediction.
+
+    Works with modules whose ``predict_step`` returns a list of plain dicts, one for each sample; the picture is drawn
+    by the module's ``draw_predictions(batch, predictions)``.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        self._rows = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the rows; draw the first batch."""
+        if not isinstance(outputs, list):
+            return
+        self._rows += outputs
+        folder = _folder(trainer)
+        if batch_idx == 0 and trainer.is_global_zero and folder and hasattr(pl_module, "draw_predictions"):
+            write_png(pl_module.draw_predictions(batch, outputs), folder / "predictions.png")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the rows of all processes into the order of the data and write them."""
+        shares: list[Any] = [self._rows]
+        if trainer.world_size > 1:
+            shares = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, self._rows)
+        folder = _folder(trainer)
+        if not trainer.is_global_zero or folder is None:
+            return
+        # Process r had samples r, r + k, r + 2k, … (datamodules.sampling.EvaluationBatches).
+        rows = [share[i] for i in range(max(map(len, shares))) for share in shares if i < len(share)]
+        if rows:
+            path = folder / "predictions.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            rank_zero_info(f"{len(rows)} predictions in {path}, the first ones as a picture beside it")
+
+
+def _folder(trainer: Trainer) -> Path | None:
+    return Path(trainer.log_dir) if trainer.log_dir and not trainer.fast_dev_run else None

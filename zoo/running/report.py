@@ -1,0 +1,244 @@
+"""The report of a reproduced recipe: one HTML page that needs nothing beside it."""
+
+import base64
+import csv
+import html
+import io
+import os
+import platform
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class Result:
+    """One claim of a recipe and what was measured.
+
+    ``measured`` is None where the run did not log the metric: that is a miss.
+    """
+
+    recipe: str
+    metric: str
+    bound: str  # at_least or at_most
+    claimed: float
+    tolerance: float
+    source: str
+    measured: float | None
+
+    @property
+    def met(self) -> bool:
+        """Whether the measured value is on the right side of the claim, give or take the stated tolerance."""
+        if self.measured is None:
+            return False
+        if self.bound == "at_least":
+            return self.measured >= self.claimed - self.tolerance
+        return self.measured <= self.claimed + self.tolerance
+
+    @property
+    def claim(self) -> str:
+        """The claim as people write it."""
+        give = f" ± {self.tolerance:g}" if self.tolerance else ""
+        return f"{'≥' if self.bound == 'at_least' else '≤'} {self.claimed:g}{give}"
+
+
+@dataclass
+class Run:
+    """What a report tells of one reproduced recipe."""
+
+    recipe: str
+    architecture: str
+    command: str
+    results: list[Result]
+    folder: Path  # metrics.csv, config.yaml, pictures/ and predictions.png
+    training_seconds: float
+    parameters: int
+
+
+def hold_against(recipe: str, expect: list[dict[str, Any]], metrics: dict[str, float]) -> list[Result]:
+    """Compare a recipe's claims with measured metrics.
+
+    Raises:
+        ValueError: A claim lacks its metric, its source, or exactly one of ``at_least`` and ``at_most``.
+    """
+    results = []
+    for claim in expect:
+        bounds = [bound for bound in ("at_least", "at_most") if bound in claim]
+        if len(bounds) != 1 or "metric" not in claim or "source" not in claim:
+            raise ValueError(f"{recipe}: a claim needs metric, source, and either at_least or at_most; it is {claim}")
+        name, bound = claim["metric"], bounds[0]
+        measured = metrics.get(name)
+        tolerance = float(claim.get("tolerance", 0))
+        results.append(Result(recipe, name, bound, float(claim[bound]), tolerance, claim["source"], measured))
+    return results
+
+
+def write_report(path: Path, runs: list[Run]) -> None:
+    """Write the page of one or several runs, complete or not at all."""
+    sections = "\n".join(_section(run) for run in runs)
+    verdict = "every claim was met" if all(r.met for run in runs for r in run.results) else "a claim was missed"
+    title = ", ".join(run.recipe for run in runs)
+    page = PAGE.format(
+        title=html.escape(title),
+        verdict=verdict,
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        results=_results_table([result for run in runs for result in run.results]),
+        sections=sections,
+        environment=_definitions(environment()),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def environment() -> dict[str, str]:
+    """Versions and devices that a result depends on."""
+    import lightning
+    import torchmetrics
+
+    import zoo
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "zoo": zoo.__version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "torchmetrics": torchmetrics.__version__,
+        "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+        "GPU": ", ".join(gpus) or "none",
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """The series of a CSVLogger's ``metrics.csv``: name to (step, value), without epoch and step themselves."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    with open(path, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if name not in ("epoch", "step") and value:
+                    series.setdefault(name, []).append((int(row["step"]), float(value)))
+    return series
+
+
+def curves_figure(series: dict[str, list[tuple[int, float]]]) -> "Figure | None":
+    """Training and validation curves, one panel per metric; None where there are none."""
+    from matplotlib.figure import Figure
+
+    curves = {name: points for name, points in series.items() if name.split("/")[0] in ("train", "val")}
+    panels = sorted({name.split("/", 1)[1] for name in curves})
+    if not panels:
+        return None
+    figure = Figure(figsize=(5.2 * len(panels), 3.4), layout="constrained")
+    for place, panel in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), place)
+        for stage, color in (("train", "tab:blue"), ("val", "tab:orange")):
+            points = curves.get(f"{stage}/{panel}", [])
+            if points:
+                steps, values = zip(*points, strict=True)
+                few = len(points) <= 30
+                axes.plot(steps, values, label=stage, color=color, marker="o" if few else None, markersize=3,
+                          alpha=1.0 if few or stage == "val" else 0.6, linewidth=1.2)  # fmt: skip
+        axes.set_xlabel("step")
+        axes.set_title(panel)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        if "loss" in panel:
+            axes.set_yscale("log")
+    return figure
+
+
+def _section(run: Run) -> str:
+    curves = run.folder / "metrics.csv"
+    figure = curves_figure(read_curves(curves)) if curves.is_file() else None
+    pictures = [_picture(_encode(figure), "learning curves")] if figure else []
+    files = [run.folder / "predictions.png", *sorted((run.folder / "pictures").glob("*.png"))]
+    pictures += [_picture(file.read_bytes(), file.stem.replace("_", " ")) for file in files if file.is_file()]
+    config = run.folder / "config.yaml"
+    facts = {
+        "architecture": f"{run.architecture}, {run.parameters:,} parameters",
+        "training": f"{run.training_seconds:.0f} s",
+        "command": run.command,
+        "files": str(run.folder),
+    }
+    settings = html.escape(config.read_text(encoding="utf-8")) if config.is_file() else ""
+    return (
+        f"<h2>{html.escape(run.recipe)}</h2>\n{_definitions(facts)}\n{''.join(pictures)}\n"
+        f"<details><summary>every setting of the run</summary><pre>{settings}</pre></details>"
+    )
+
+
+def _results_table(results: list[Result]) -> str:
+    rows = []
+    for result in results:
+        measured = "not logged" if result.measured is None else f"{result.measured:.4f}"
+        state = "met" if result.met else "missed"
+        cells = (result.recipe, result.metric, result.claim, measured, state, result.source)
+        rows.append(f'<tr class="{state}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{name}</th>" for name in ("recipe", "metric", "claimed", "measured", "", "who says so"))
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _definitions(facts: dict[str, str]) -> str:
+    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
+    return f'<table class="facts">{rows}</table>'
+
+
+def _picture(png: bytes, caption: str) -> str:
+    data = base64.b64encode(png).decode()
+    name = html.escape(caption)
+    return f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/png;base64,{data}"></figure>'
+
+
+def _encode(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}: {verdict}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; }}
+h1 {{ font-size: 1.5rem; }} h2 {{ margin-top: 2.5rem; border-bottom: 1px solid #ddd; }}
+table {{ border-collapse: collapse; margin: 1rem 0; }}
+td, th {{ padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #e5e5e5; vertical-align: top; }}
+.facts th {{ font-weight: 600; white-space: nowrap; }} .facts td {{ overflow-wrap: anywhere; }}
+tr.met td:nth-child(5) {{ color: #167a2f; font-weight: 600; }}
+tr.missed td:nth-child(5) {{ color: #b3151d; font-weight: 600; }}
+figure {{ margin: 1.5rem 0; }} figcaption {{ font-weight: 600; }} img {{ max-width: 100%; height: auto; }}
+pre {{ overflow-x: auto; background: #f6f6f6; padding: 1rem; }}
+</style>
+</head>
+<body>
+<h1>{title}: {verdict}</h1>
+<p>{date}</p>
+{results}
+{sections}
+<h2>Environment</h2>
+{environment}
+</body>
+</html>
+"""
