@@ -1,4 +1,4 @@
-"""Exact resuming: the random state that Lightning leaves out of its checkpoints."""
+"""Exact resuming: the random state and the place in the data that Lightning leaves out."""
 
 import random
 from typing import Any
@@ -7,17 +7,19 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 
 class ExactResume(Callback):
     """Saves every process's random state in the checkpoint and sets it again when training goes on.
 
-    With a training loader whose place is saved (``datamodules.sampling``), a run that was killed and resumed ends with
+    Under gradient accumulation in one process the gradients collected so far are kept as well. With a training loader whose place is saved (``datamodules.sampling``), a run that was killed and resumed ends with
     the weights of one that was not, to the last bit, on the same machine.
     """
 
     def __init__(self) -> None:
         self._states: list[dict[str, Any]] | None = None
+        self._gradients: dict[str, Tensor] = {}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gather the states of all processes: rank 0 alone writes the file."""
@@ -26,13 +28,27 @@ class ExactResume(Callback):
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, _random_state(pl_module.device))
         checkpoint["random_states"] = states
+        if trainer.fit_loop._should_accumulate() and trainer.world_size == 1:
+            gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+            checkpoint["gradients"] = gradients  # of the batches since the last optimizer step
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the states until training starts: building the loaders may draw random numbers."""
         self._states = checkpoint.get("random_states")
+        self._gradients = checkpoint.get("gradients", {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the random state where the checkpoint had it."""
+        """Set the place in the data and the random state where the checkpoint had them."""
+        loop = trainer.fit_loop
+        if loop.restarting and loop._combined_loader_states_to_load:
+            # Lightning restores a loader's place when it makes the loader. A schedule that asks for the number of
+            # steps has it made before the checkpoint is read, and the place was then lost.
+            loop._load_combined_loader_states()
+            iter(loop._data_fetcher)  # type: ignore[call-overload]
+        for name, parameter in pl_module.named_parameters():
+            if name in self._gradients:
+                parameter.grad = self._gradients[name].to(parameter.device)
+        self._gradients = {}
         states, self._states = self._states, None
         if states is None:
             return
