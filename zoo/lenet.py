@@ -36,6 +36,7 @@ class LeNetBackbone(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, 20, 5, padding=2)
         self.conv2 = nn.Conv2d(20, 50, 5, padding=2)
         self.pool = nn.MaxPool2d(2)
+        self.flatten = nn.Flatten()
         self.hidden = nn.Linear(50 * (image_size // 4) ** 2, self.out_features)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -43,7 +44,8 @@ class LeNetBackbone(nn.Module):
         # The rectifier comes after the pool: the same values as before it, on a quarter of the elements.
         x = F.relu(self.pool(self.conv1(images)), inplace=True)  # (N, 20, S / 2, S / 2)
         x = F.relu(self.pool(self.conv2(x)), inplace=True)  # (N, 50, S / 4, S / 4)
-        return F.relu(self.hidden(x.flatten(1)), inplace=True)  # (N, 500)
+        x = self.flatten(x)  # (N, 50 * S / 4 * S / 4)
+        return F.relu(self.hidden(x), inplace=True)  # (N, 500)
 
 
 class LeNet(ClassificationTask):

@@ -129,8 +129,8 @@ class SaveWhenAskedToStop(Callback):
         self._interrupted = False
         self._previous: Any = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take Ctrl+C over where nobody else has."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take Ctrl+C over where nobody else has; not before Lightning notes which handlers it will restore."""
         main_thread = threading.current_thread() is threading.main_thread()
         if main_thread and getsignal(SIGINT) is default_int_handler:
             self._previous = signal(SIGINT, self._on_interrupt)
@@ -152,7 +152,7 @@ class SaveWhenAskedToStop(Callback):
                 trainer.save_checkpoint(path)
                 rank_zero_info(f"asked to stop: saved {path}; go on with --ckpt_path {path}")
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give Ctrl+C back."""
         self._release()
 

@@ -1,0 +1,223 @@
+"""Checkpoints survive crashes and cannot run code."""
+
+import errno
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from zoo.running.checkpoint import SafeCheckpointIO, checkpoint_callbacks, read_checkpoint, write_atomically
+
+
+class Malicious:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.marker),))
+
+
+def test_a_saved_file_is_read_back(tmp_path):
+    path = tmp_path / "new" / "a.ckpt"
+    SafeCheckpointIO().save_checkpoint({"weight": torch.arange(3.0), "epoch": 4}, path)
+    content = SafeCheckpointIO().load_checkpoint(path, weights_only=False)
+    assert torch.equal(content["weight"], torch.arange(3.0))
+    assert content["epoch"] == 4
+    assert [p.name for p in path.parent.iterdir()] == ["a.ckpt"]
+
+
+@pytest.mark.parametrize("inside", [lambda evil: evil, lambda evil: {"state_dict": {}, "extra": evil}])
+def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, inside):
+    marker = tmp_path / "executed"
+    with open(tmp_path / "evil.ckpt", "wb") as file:
+        torch.save(inside(Malicious(marker)), file)
+    with pytest.raises(ValueError, match=r"evil\.ckpt is refused.*run code"):
+        SafeCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt", weights_only=False)
+    assert not marker.exists()
+    torch.load(tmp_path / "evil.ckpt", weights_only=False)
+    assert marker.exists(), "the file is not malicious, so this test shows nothing"
+
+
+def test_a_plain_pickle_is_refused_and_not_run(tmp_path):
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Malicious(tmp_path / "executed")))
+    with pytest.raises(ValueError, match=r"evil\.pth"):
+        read_checkpoint(tmp_path / "evil.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04 cut off"])
+def test_a_damaged_file_is_named(tmp_path, content):
+    (tmp_path / "bad.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.ckpt"):
+        read_checkpoint(tmp_path / "bad.ckpt")
+
+
+def test_every_truncation_is_named(tmp_path):
+    write_atomically(tmp_path / "a.ckpt", {"weight": torch.randn(100)})
+    whole = (tmp_path / "a.ckpt").read_bytes()
+    for length in range(0, len(whole) - 1, 97):
+        (tmp_path / "cut.ckpt").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"cut\.ckpt"):
+            read_checkpoint(tmp_path / "cut.ckpt")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_checkpoint(tmp_path / "nowhere.ckpt")
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
+def test_a_full_disk_keeps_the_last_good_file_and_leaves_nothing(tmp_path, monkeypatch, failure):
+    path = tmp_path / "last.ckpt"
+    write_atomically(path, {"step": 1})
+
+    def half(content, file):
+        file.write(b"half of it")
+        raise failure
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match=r"last\.ckpt could not be written"):
+        write_atomically(path, {"step": 2})
+    monkeypatch.undo()
+    assert read_checkpoint(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_process_killed_while_saving_leaves_a_loadable_file(tmp_path):
+    """Twelve SIGKILLs at arbitrary moments of a process that does nothing but save."""
+    path = tmp_path / "last.ckpt"
+    write_atomically(path, {"step": -1, "weight": torch.zeros(10)})
+    script = (
+        "import sys, torch; from pathlib import Path; from zoo.running.checkpoint import write_atomically\n"
+        "print('ready', flush=True)\n"
+        "for step in range(10**6): write_atomically(Path(sys.argv[1]), {'step': step, 'weight': torch.zeros(10**6)})"
+    )
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    fork_server = (
+        "import os, sys, time, signal, zoo.running.checkpoint\n"  # one slow import, then cheap forks
+        "for round in range(12):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        f"        exec({script.split(chr(10), 1)[1]!r}, {{**globals(), 'sys': sys, 'torch': __import__('torch'),\n"
+        "            'Path': __import__('pathlib').Path, 'write_atomically': zoo.running.checkpoint.write_atomically})\n"
+        "    time.sleep(0.05 + 0.017 * round)\n"
+        "    os.kill(child, signal.SIGKILL); os.waitpid(child, 0)\n"
+        "    content = zoo.running.checkpoint.read_checkpoint(sys.argv[1]); print(content['step'], flush=True)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", fork_server, str(path)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    steps = [int(line) for line in result.stdout.split() if line.lstrip("-").isdigit()]
+    assert len(steps) == 12
+    assert max(steps) > 0
+    write_atomically(path, {"step": 0})  # and the next start removes what the killed ones left
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+class NeverBetter(BoringModel):
+    """Its validation metric is best in the first epoch."""
+
+    def on_validation_epoch_end(self):
+        self.log("val/accuracy", 1.0 - self.current_epoch / 10)
+
+
+def fit(folder, epochs, callbacks=(), ckpt_path=None, minutes=10.0, **options):
+    seed_everything(0, verbose=False)
+    trainer = Trainer(
+        default_root_dir=folder,
+        max_epochs=epochs,
+        limit_train_batches=4,
+        limit_val_batches=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*checkpoint_callbacks("val/accuracy", "max", minutes), *callbacks],
+        plugins=[SafeCheckpointIO()],
+        **options,
+    )
+    trainer.fit(NeverBetter(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_last_is_the_last_and_best_is_the_best(tmp_path):
+    fit(tmp_path, 3)
+    folder = tmp_path / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert read_checkpoint(folder / "last.ckpt")["global_step"] == 12
+    assert read_checkpoint(folder / "best.ckpt")["global_step"] == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_resuming_from_last_does_not_write_a_second_last(tmp_path):
+    fit(tmp_path, 2)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert fit(tmp_path, 4, ckpt_path=last).global_step == 16
+    assert sorted(p.name for p in last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert read_checkpoint(last)["global_step"] == 16
+
+
+def test_last_is_written_within_an_epoch_when_the_interval_is_over(tmp_path):
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            path = tmp_path / "checkpoints" / "last.ckpt"
+            self.seen = getattr(self, "seen", []) + [read_checkpoint(path)["global_step"] if path.exists() else None]
+
+    look = Look()
+    fit(tmp_path, 1, [look], minutes=1e-9)
+    assert look.seen == [None, 1, 2, 3]
+
+
+def test_a_crash_in_validation_leaves_the_epoch_before(tmp_path):
+    class Crash(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if not trainer.sanity_checking and trainer.current_epoch == 1:
+                raise RuntimeError("the disk of the logger is gone")
+
+    with pytest.raises(RuntimeError, match="logger"):
+        fit(tmp_path, 3, [Crash()])
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert read_checkpoint(last)["global_step"] == 4
+    assert fit(tmp_path, 3, ckpt_path=last).global_step == 12
+
+
+class Send(Callback):
+    """Sends a signal to this process in the middle of an epoch."""
+
+    def __init__(self, number, times=1):
+        self.number, self.times = number, times
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == 5:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+                time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_the_run_saves_and_can_go_on(tmp_path, number):
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(SystemExit):
+        fit(tmp_path, 3, [Send(number)])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert read_checkpoint(last)["global_step"] == 6
+    assert fit(tmp_path, 3, ckpt_path=last).global_step == 12
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        fit(tmp_path, 3, [Send(signal.SIGINT, times=2)])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored after an interrupt
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 4
