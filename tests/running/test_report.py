@@ -1,0 +1,75 @@
+"""Reports: claims are held against measurements honestly, and the page stands alone."""
+
+import re
+
+import pytest
+
+from zoo.running.report import Run, curves_figure, hold_against, read_curves, write_report
+
+
+def claim(**changes):
+    return {"metric": "test/accuracy", "at_least": 0.9, "source": "somebody <b>bold</b>"} | changes
+
+
+@pytest.mark.parametrize(
+    ("expect", "measured", "met"),
+    [
+        (claim(), 0.9, True),
+        (claim(), 0.8999, False),
+        (claim(tolerance=0.01), 0.89, True),
+        (claim(tolerance=0.01), 0.8899, False),
+        ({"metric": "test/accuracy", "at_most": 2, "source": "s"}, 2.1, False),
+        ({"metric": "test/accuracy", "at_most": 2, "tolerance": 0.2, "source": "s"}, 2.1, True),
+        (claim(), float("nan"), False),
+        (claim(metric="test/other"), 1.0, False),
+    ],
+)
+def test_claims(expect, measured, met):
+    (result,) = hold_against("r", [expect], {"test/accuracy": measured})
+    assert result.met is met
+
+
+@pytest.mark.parametrize("wrong", [{"at_most": 1}, {"at_least": None, "source": None}, {"metric": None}])
+def test_an_incomplete_claim_is_an_error(wrong):
+    expect = {key: value for key, value in (claim() | wrong).items() if value is not None}
+    with pytest.raises(ValueError, match="r: a claim needs"):
+        hold_against("r", [expect], {})
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "pictures").mkdir(parents=True)
+    rows = ["epoch,step,train/loss,val/loss,val/accuracy"]
+    rows += [f"0,{step},{1 / (step + 1)},," for step in range(40)] + ["0,39,,0.5,0.8", "1,79,,0.4,0.9"]
+    (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
+    (folder / "config.yaml").write_text("model: <script>alert(1)</script>\n")
+    curves_figure(read_curves(folder / "metrics.csv")).savefig(folder / "pictures" / "test_curves.png")
+    results = hold_against("lenet/x", [claim()], {"test/accuracy": 0.95})
+    return Run("lenet/x", "LeNet", "zoo reproduce lenet/x", results, folder, 12.3, 1_256_080)
+
+
+def test_curves_are_read_as_logged(run):
+    curves = read_curves(run.folder / "metrics.csv")
+    assert curves["val/accuracy"] == [(39, 0.8), (79, 0.9)]
+    assert len(curves["train/loss"]) == 40
+    assert len(curves_figure(curves).axes) == 2
+
+
+def test_the_page_needs_nothing_beside_it_and_escapes_what_it_shows(run, tmp_path):
+    write_report(tmp_path / "out" / "report.html", [run])
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "every claim was met" in page
+    assert page.count("data:image/png;base64,") == 2
+    assert "<script>" not in page
+    assert "<b>" not in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    for text in ("0.9500", "≥ 0.9", "1,256,080", "zoo reproduce lenet/x", "Environment", "torch"):
+        assert text in page
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.html"]
+
+
+def test_a_miss_is_said_in_the_heading(run, tmp_path):
+    run.results = hold_against("lenet/x", [claim(at_least=0.99)], {"test/accuracy": 0.95})
+    write_report(tmp_path / "report.html", [run])
+    assert "a claim was missed" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -1,0 +1,286 @@
+"""One standard for all: every architecture that ``zoo`` exports passes the same checks with its embedded recipe.
+
+A new architecture is found by itself: nothing to register. A check that cannot apply to a task is skipped here, with
+its reason, in ``NOT_APPLICABLE``.
+"""
+
+import inspect
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from PIL import Image
+
+import zoo
+from zoo import recipes
+from zoo.cli import _start, main
+from zoo.export import export
+from zoo.running.checkpoint import SafeCheckpointIO, checkpoint_callbacks, read_checkpoint
+from zoo.running.nonfinite import NonFiniteLossError, StopOnNonFiniteLoss
+from zoo.running.report import hold_against
+from zoo.running.resume import ExactResume
+from zoo.weights import describe
+
+ARCHITECTURES = sorted(zoo.ARCHITECTURES)
+NOT_APPLICABLE: dict[tuple[str, str], str] = {}  # (architecture, test) -> reason
+
+EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
+RECIPES = pytest.mark.parametrize("recipe", recipes.names())
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.fixture(autouse=True)
+def _applicable(request):
+    test = request.node.originalname
+    name = request.node.callspec.params.get("name", "")
+    if reason := NOT_APPLICABLE.get((name, test)):
+        pytest.skip(reason)
+
+
+def folder_of(name: str) -> str:
+    return zoo.ARCHITECTURES[name].removeprefix("zoo.")
+
+
+def build(name: str, *overrides: str) -> tuple[LightningModule, LightningDataModule]:
+    """A fresh model and data of the embedded recipe, as the command line makes them."""
+    nothing = ["--trainer.limit_train_batches", "0", "--trainer.limit_val_batches", "0", "--trainer.logger", "false"]
+    cli = _start("fit", f"{folder_of(name)}/embedded", [*nothing, *overrides])
+    cli.model.trainer = None
+    cli.datamodule.trainer = None
+    return cli.model, cli.datamodule
+
+
+def fit(model, data, callbacks=(), ckpt_path=None, **options):
+    seed_everything(3, verbose=False)
+    options = {"max_epochs": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0, "enable_checkpointing": False} | options
+    trainer = Trainer(**QUIET, callbacks=[ExactResume(), *callbacks], plugins=[SafeCheckpointIO()], **options)
+    trainer.fit(model, data, ckpt_path=ckpt_path)
+    return trainer
+
+
+def first_batch(data: LightningDataModule):
+    data.prepare_data()
+    data.setup("predict")
+    return data.on_after_batch_transfer(next(iter(data.predict_dataloader())), 0)
+
+
+def same_weights(one, other) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+@pytest.fixture
+def trained(request, name, tmp_path):
+    """A checkpoint of the architecture after a few steps, and the model that it was written from."""
+    model, data = build(name)
+    fit(model, data, checkpoint_callbacks(None, "min"), max_steps=3, enable_checkpointing=True, default_root_dir=tmp_path)
+    return tmp_path / "checkpoints" / "last.ckpt", model.eval(), data
+
+
+@EVERY
+def test_it_has_an_embedded_recipe_and_another_one_and_a_test(name):
+    own = [recipe for recipe in recipes.names() if recipe.split("/")[0] == folder_of(name)]
+    assert f"{folder_of(name)}/embedded" in own
+    assert len(own) >= 2
+    assert (Path(__file__).parent / f"test_{folder_of(name)}.py").is_file()
+
+
+@RECIPES
+def test_its_recipe_parses_and_says_what_to_expect_and_who_says_so(recipe, capsys):
+    content = recipes.read(recipes.find(recipe))
+    claims = hold_against(recipe, content["expect"], {})
+    assert claims
+    assert all(claim.source for claim in claims)
+    assert "measured" in content["expect"][0], "say what was measured, or that it was not"
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", recipe, "--print_config"])
+    assert stop.value.code == 0, capsys.readouterr().err
+    assert content["model"]["class_path"] in capsys.readouterr().out
+
+
+@EVERY
+def test_it_is_final_documented_and_takes_plain_arguments(name):
+    architecture = getattr(zoo, name)
+    assert architecture.__name__ == name
+    assert architecture.__mro__.index(LightningModule) == 2, "LightningModule -> task -> architecture"
+    assert not architecture.__subclasses__()
+    parameters = inspect.signature(architecture).parameters
+    assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values()), "no **kwargs"
+    undocumented = [p for p in parameters if f"{p}:" not in inspect.getdoc(architecture)]
+    assert not undocumented
+    assert {"optimizer", "scheduler", "weights"} <= set(parameters)
+
+
+@EVERY
+def test_fast_dev_run_of_every_command(name, tmp_path):
+    model, _ = build(name)
+    zoo.save(model, tmp_path / "start.safetensors")
+    for command in ("fit", "validate", "test", "predict"):
+        weights = ["--model.init_args.weights", str(tmp_path / "start.safetensors")]
+        assert main([command, f"{folder_of(name)}/embedded", "--trainer.fast_dev_run", "true", *weights]) == 0
+    assert not (tmp_path / "runs").exists()
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append(float(outputs["loss"]))
+
+
+@EVERY
+def test_it_starts_at_the_loss_of_chance_and_overfits_one_batch(name):
+    losses = Losses()
+    model, data = build(name, "--data.init_args.batch_size", "16")
+    fit(model, data, [losses], max_steps=50, max_epochs=-1, overfit_batches=1, limit_val_batches=0)
+    if recipes.table()[0]["task"] == "classification":
+        assert losses.values[0] == pytest.approx(math.log(model.hparams.num_classes), rel=0.1)
+    assert min(losses.values[-5:]) < 0.1 * losses.values[0]
+
+
+@EVERY
+def test_a_checkpoint_gives_the_same_outputs_bit_for_bit_also_through_safetensors(name, trained, tmp_path):
+    path, model, data = trained
+    torch.load(path, weights_only=True)
+    images = first_batch(data)[0][:8]
+    expected = model(images)
+    from_checkpoint = zoo.load(path)
+    assert torch.equal(from_checkpoint(images), expected)
+    zoo.save(from_checkpoint, tmp_path / "w.safetensors")
+    assert torch.equal(zoo.load(tmp_path / "w.safetensors")(images), expected)
+    assert torch.equal(type(model).load_from_checkpoint(path).eval()(images), expected)
+    json.dumps(read_checkpoint(path)["zoo"])
+
+
+class StopAfter(Callback):
+    """Asks the run to stop after so many steps, as SIGTERM does."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.steps:
+            trainer._signal_connector.received_sigterm = True
+
+
+@EVERY
+def test_stopped_in_the_middle_of_an_epoch_and_resumed_it_ends_with_the_same_weights(name, tmp_path):
+    straight, data = build(name)
+    reference = fit(straight, data, limit_train_batches=4)
+    stopped, data = build(name)
+    keep = [*checkpoint_callbacks(None, "min"), StopAfter(6)]
+    options = {"limit_train_batches": 4, "enable_checkpointing": True, "default_root_dir": tmp_path}
+    with pytest.raises(SIGTERMException):
+        fit(stopped, data, keep, **options)
+    assert not same_weights(stopped, straight)
+    resumed, data = build(name)
+    last = fit(resumed, data, limit_train_batches=4, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert same_weights(resumed, straight)
+    assert last.global_step == reference.global_step == 8
+    assert last.callback_metrics == reference.callback_metrics
+
+
+@EVERY
+@pytest.mark.parametrize("samples", [1, 21])
+def test_two_processes_evaluate_to_the_same_metrics_as_one(name, samples):
+    metrics = []
+    for strategy, devices in (("auto", 1), ("ddp_fork", 2)):
+        seed_everything(0, verbose=False)
+        model, data = build(name)
+        data.prepare_data()
+        data.setup("test")
+        data.test_set = tuple(tensor[:samples] for tensor in data.test_set)
+        data.eval_batch_size = 4
+        trainer = Trainer(**QUIET, accelerator="cpu", strategy=strategy, devices=devices, enable_checkpointing=False)
+        metrics.append({k: float(v) for k, v in trainer.test(model, data, verbose=False)[0].items()})
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-6)
+    assert metrics[0]["test/samples"] == samples
+
+
+@EVERY
+def test_every_parameter_gets_a_gradient(name):
+    """Else training on several processes stops with "parameters that were not used"."""
+    model, data = build(name)
+
+    class Unused(Callback):
+        names = None
+
+        def on_after_backward(self, trainer, pl_module):
+            self.names = [n for n, p in pl_module.named_parameters() if p.requires_grad and p.grad is None]
+
+    unused = Unused()
+    fit(model, data, [unused], max_steps=1)
+    assert unused.names == []
+
+
+@EVERY
+def test_fine_tuning_to_another_number_of_classes_replaces_the_head_and_only_the_head(name, trained):
+    path, model, _ = trained
+    if "num_classes" not in inspect.signature(type(model)).parameters:
+        pytest.skip("it has no classes")
+    arguments = {k: v for k, v in read_checkpoint(path)["zoo"]["arguments"].items() if k != "class_names"}
+    classes = model.hparams.num_classes + 2
+    started = type(model)(**arguments | {"num_classes": classes}, weights=str(path))
+    assert all(torch.equal(a, b) for a, b in zip(
+        started.backbone.state_dict().values(), model.backbone.state_dict().values(), strict=True))  # fmt: skip
+    assert any(classes in value.shape for value in started.head.state_dict().values())
+
+
+@EVERY
+def test_it_trains_in_a_plain_trainer_with_a_foreign_loader(name):
+    model, data = build(name)
+    batch = first_batch(data)
+    loader = torch.utils.data.DataLoader([batch], batch_size=None)
+    Trainer(**QUIET, max_epochs=2, enable_checkpointing=False).fit(type(model)(**describe(model)["arguments"]), loader, loader)
+
+
+@EVERY
+def test_bf16_autocast_gives_a_finite_loss(name):
+    losses = Losses()
+    model, data = build(name, "--data.init_args.batch_size", "8")
+    fit(model, data, [losses], max_steps=1, limit_val_batches=0, precision="bf16-mixed")
+    assert math.isfinite(losses.values[0])
+
+
+@EVERY
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(name):
+    model, data = build(name)
+    with torch.no_grad():
+        next(iter(model.head.parameters())).fill_(torch.nan)
+    with pytest.raises(NonFiniteLossError, match=r"epoch 0, batch 0 \(training samples \["):
+        fit(model, data, [StopOnNonFiniteLoss()])
+
+
+@EVERY
+def test_predict_writes_what_a_person_can_look_at(name, trained, tmp_path):
+    path, _, _ = trained
+    assert main(["predict", f"{folder_of(name)}/embedded", "--ckpt_path", str(path)]) == 0
+    run = tmp_path / "runs" / folder_of(name) / "embedded" / "version_0"
+    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert rows
+    with Image.open(run / "predictions.png") as picture:
+        assert min(picture.size) > 200
+        assert len(set(picture.convert("L").tobytes())) > 20, "an empty picture"
+
+
+@EVERY
+def test_it_exports_and_gives_the_same_outputs(name, trained, tmp_path):
+    path, model, data = trained
+    images = first_batch(data)[0][:5]
+    program = torch.export.load(export(path, "pt2", tmp_path / "model.pt2"))
+    torch.testing.assert_close(program.module()(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+@EVERY
+def test_it_exports_to_onnx_and_gives_the_same_outputs(name, trained, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    path, model, data = trained
+    images = first_batch(data)[0][:5]
+    session = runtime.InferenceSession(export(path, "onnx", tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=1e-4, atol=1e-5)
