@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,7 +68,9 @@ def bare(batch_size: int, steps: int, device: torch.device) -> float:
     images, labels = (tensor.to(device) for tensor in data.read(train=True))
     network = nn.Sequential(LeNetBackbone(), nn.Linear(500, 10)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    order = torch.cat([torch.randperm(len(labels), device=device) for _ in range(1 + steps * batch_size // len(labels))])
+    order = torch.cat(
+        [torch.randperm(len(labels), device=device) for _ in range(1 + steps * batch_size // len(labels))]
+    )
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
             start = now(device)
@@ -109,7 +112,12 @@ def usual(batch_size: int, steps: int, device: torch.device, workers: int, root:
     clock = Clock(steps, device)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            accelerator=device.type, devices=1, max_steps=WARM_UP + steps, callbacks=[clock], default_root_dir=folder
+            accelerator=device.type,
+            devices=1,
+            max_steps=WARM_UP + steps,
+            callbacks=[clock],
+            default_root_dir=folder,
+            enable_model_summary=False,
         )
         trainer.fit(Usual(), loader)
     return clock.seconds
@@ -167,9 +175,9 @@ def main() -> None:
         print(f"torch {torch.__version__}, {name}, {os.cpu_count()} cores; median of {arguments.rounds} rounds")
         for batch_size in arguments.batch_size:
             steps = max(20, arguments.images // batch_size)
-            ways = {"bare": lambda: bare(batch_size, steps, device), "zoo": lambda: ours(batch_size, steps, device)}
+            ways = {"bare": partial(bare, batch_size, steps, device), "zoo": partial(ours, batch_size, steps, device)}
             for workers in arguments.workers:
-                ways[f"usual, {workers} workers"] = lambda w=workers: usual(batch_size, steps, device, w, root)
+                ways[f"usual, {workers} workers"] = partial(usual, batch_size, steps, device, workers, root)
             report(batch_size, steps, ways, arguments.rounds)
 
 
@@ -182,7 +190,8 @@ def report(batch_size: int, steps: int, ways: dict, rounds: int) -> None:
     for name, value in median.items():
         print(f"batch {batch_size:4d}  {name:18s} {value:9.0f} images/s  (max {max(speeds[name]):.0f})")
     best_usual = max(value for name, value in median.items() if name.startswith("usual"))
-    print(f"batch {batch_size:4d}  zoo / bare {median['zoo'] / median['bare']:.2f}   zoo / usual {median['zoo'] / best_usual:.2f}")
+    to_bare, to_usual = median["zoo"] / median["bare"], median["zoo"] / best_usual
+    print(f"batch {batch_size:4d}  zoo / bare {to_bare:.2f}   zoo / usual {to_usual:.2f}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ class InMemoryDataModule(LightningDataModule):
         split_seed: Seed of that split, apart from the run's seed so that runs compare.
         translate: Each training image is shifted by up to so many pixels on both axes.
         flip: Mirror half of the training images.
+
+    Raises:
+        ValueError: A number is too small, or ``val_size`` leaves nothing to train on.
     """
 
     num_classes: int
@@ -38,6 +41,9 @@ class InMemoryDataModule(LightningDataModule):
         flip: bool = False,
     ) -> None:
         super().__init__()
+        for name, value, least in (("eval_batch_size", eval_batch_size, 1), ("translate", translate, 0)):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_size = val_size
@@ -75,7 +81,7 @@ class InMemoryDataModule(LightningDataModule):
             len(tensors[1]),
             self.batch_size,
             seed,
-            shuffle=self.trainer is None or not self.trainer.overfit_batches,
+            shuffle=self.trainer is None or not self.trainer.overfit_batches,  # type: ignore[attr-defined]
             rank=0 if self.trainer is None else self.trainer.global_rank,
             world_size=1 if self.trainer is None else self.trainer.world_size,
             device=tensors[1].device,

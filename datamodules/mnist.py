@@ -6,9 +6,14 @@ Xiao, Rasul and Vollgraf, 2017, https://arxiv.org/abs/1708.07747 (Fashion-MNIST,
 
 import gzip
 import hashlib
+import math
 import os
+import socket
 import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +27,7 @@ FILES = {  # train? -> (images, labels)
     True: ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     False: ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+MIRROR_TIMEOUT = 60  # seconds of silence after which the next mirror is asked
 
 
 class MNISTDataModule(InMemoryDataModule):
@@ -169,10 +175,10 @@ def _fetch(mirrors: list[str], file: str, md5: str, folder: Path) -> None:
     errors = []
     for mirror in mirrors:
         # Inside the target's folder, so that the move is atomic; removed again whatever happens.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as partial:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as partial, _timeout(MIRROR_TIMEOUT):
             try:
                 download_url(mirror + file, partial, file, md5)
-            except (OSError, RuntimeError, ValueError) as error:
+            except (OSError, HTTPException, RuntimeError, ValueError) as error:
                 errors.append(f"  {mirror}{file}: {error}")
                 continue
             os.replace(Path(partial) / file, folder / file)
@@ -182,6 +188,17 @@ def _fetch(mirrors: list[str], file: str, md5: str, folder: Path) -> None:
         f"{file} (md5 {md5}) could not be downloaded:\n{reasons}\nPut the file into {folder}, or give the folder that "
         "has it as --data.init_args.root"
     )
+
+
+@contextmanager
+def _timeout(seconds: float) -> Iterator[None]:
+    """Limit every wait for the network; torchvision sets no limit, and a silent mirror would stop the run for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def read_labelled_images(root: Path, data_set: str, train: bool, md5: dict[str, str]) -> tuple[Tensor, Tensor]:
@@ -224,7 +241,7 @@ def read_idx(path: Path, dimensions: int, md5: str | None = None) -> np.ndarray:
         raise ValueError(f"{path} is no IDX file of {dimensions}-dimensional bytes (it begins {data[:4]!r}): {again}")
     header = 4 + 4 * dimensions
     shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, header, 4))
-    expected = header + int(np.prod(shape, dtype=np.int64))
+    expected = header + math.prod(shape)
     if len(data) != expected:
         raise ValueError(f"{path} has {len(data)} bytes, expected {expected} for {shape}: {again}")
     if md5 is not None and (found := hashlib.md5(data, usedforsecurity=False).hexdigest()) != md5:

@@ -18,7 +18,7 @@ class TrainingBatches:
 
     A *global* batch is cut from the epoch's order and every process takes its equal share of it, so that k processes
     together see the batches that one process sees. The remainder of an epoch that fills no global batch is left out
-    (another one each epoch); a data set smaller than one batch is one batch.
+    (another one each epoch); a data set smaller than one batch is one batch, of equal shares.
 
     Lightning saves ``state_dict`` inside the checkpoint, also in the middle of an epoch, and tells the epoch through
     ``set_epoch``. Without Lightning every ``iter`` is the next epoch.
@@ -126,7 +126,8 @@ class TrainingBatches:
                     "same global batch, or start anew from the checkpoint with --model.init_args.weights"
                 )
         self.seed = state["seed"]
-        self._resume_at = (state["epoch"], state["next_batch"])
+        # An epoch that is over, or not begun, has no place to go on from: the next one follows.
+        self._resume_at = (state["epoch"], state["next_batch"]) if mid_epoch else None
         self.epoch, self.next_batch = state["epoch"], state["next_batch"]
 
     def _start(self, batch: int) -> int:
@@ -165,7 +166,7 @@ class EvaluationBatches:
         return math.ceil(math.ceil(self.size / self.world_size) / self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        mine = torch.arange(self.rank, self.size, self.world_size, device=self.device)
+        mine = torch.arange(self.size, device=self.device)[self.rank :: self.world_size]
         for batch in range(len(self)):
             yield mine[batch * self.batch_size : (batch + 1) * self.batch_size]
 

@@ -56,7 +56,12 @@ def build(name: str, *overrides: str) -> tuple[LightningModule, LightningDataMod
 
 def fit(model, data, callbacks=(), ckpt_path=None, **options):
     seed_everything(3, verbose=False)
-    options = {"max_epochs": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0, "enable_checkpointing": False} | options
+    options = {
+        "max_epochs": 2,
+        "limit_val_batches": 1,
+        "num_sanity_val_steps": 0,
+        "enable_checkpointing": False,
+    } | options
     trainer = Trainer(**QUIET, callbacks=[ExactResume(), *callbacks], plugins=[SafeCheckpointIO()], **options)
     trainer.fit(model, data, ckpt_path=ckpt_path)
     return trainer
@@ -77,7 +82,14 @@ def same_weights(one, other) -> bool:
 def trained(request, name, tmp_path):
     """A checkpoint of the architecture after a few steps, and the model that it was written from."""
     model, data = build(name)
-    fit(model, data, checkpoint_callbacks(None, "min"), max_steps=3, enable_checkpointing=True, default_root_dir=tmp_path)
+    fit(
+        model,
+        data,
+        checkpoint_callbacks(None, "min"),
+        max_steps=3,
+        enable_checkpointing=True,
+        default_root_dir=tmp_path,
+    )
     return tmp_path / "checkpoints" / "last.ckpt", model.eval(), data
 
 
@@ -236,7 +248,9 @@ def test_it_trains_in_a_plain_trainer_with_a_foreign_loader(name):
     model, data = build(name)
     batch = first_batch(data)
     loader = torch.utils.data.DataLoader([batch], batch_size=None)
-    Trainer(**QUIET, max_epochs=2, enable_checkpointing=False).fit(type(model)(**describe(model)["arguments"]), loader, loader)
+    Trainer(**QUIET, max_epochs=2, enable_checkpointing=False).fit(
+        type(model)(**describe(model)["arguments"]), loader, loader
+    )
 
 
 @EVERY
@@ -281,6 +295,8 @@ def test_it_exports_to_onnx_and_gives_the_same_outputs(name, trained, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     path, model, data = trained
     images = first_batch(data)[0][:5]
-    session = runtime.InferenceSession(export(path, "onnx", tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(
+        export(path, "onnx", tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
     (found,) = session.run(None, {"images": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=1e-4, atol=1e-5)

@@ -155,7 +155,9 @@ def test_missing_and_unknown_tensors_are_named(model, tmp_path):
 def test_the_usual_layouts_of_state_dicts_are_read(model, tmp_path, wrap):
     torch.save(wrap(model.state_dict()), tmp_path / "weights.pth")
     started = LeNet(num_classes=3, image_size=8, weights=str(tmp_path / "weights.pth"))
-    assert all(torch.equal(a, b) for a, b in zip(started.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(started.state_dict().values(), model.state_dict().values(), strict=True)
+    )
 
 
 def test_a_file_without_tensors_is_refused(tmp_path):

@@ -1,17 +1,18 @@
 """The ``zoo`` command. What needs no training answers without importing Lightning, which costs seconds."""
 
 import argparse
-import difflib
 import json
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import zoo
 from zoo import recipes
+from zoo.recipes import RecipeError, refusing, suggest
 
 if TYPE_CHECKING:
     from zoo.running.command import RecipeCLI
@@ -41,7 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: What follows ``zoo``; None takes the process's.
 
     Returns:
-        The exit status: 0, 1 for a missed claim or a failed run, 2 for a wrong command or recipe, 143 after SIGTERM.
+        The exit status: 0; 1 for a missed claim or a run that failed; 2 for a wrong command or recipe, found before the
+        first batch, which leaves nothing behind; 143 after SIGTERM.
+
+    Raises:
+        SystemExit: After LightningCLI's ``--help`` and ``--print_config`` (0) and after SIGTERM (143).
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -50,36 +55,63 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"zoo {zoo.__version__}")
         return 0
-    if arguments[0] not in COMMANDS:
-        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        return _fail(f"there is no command {arguments[0]!r}: {hint}", 2)
     try:
+        if arguments[0] not in COMMANDS:
+            raise RecipeError(f"there is no command {arguments[0]!r}{suggest(arguments[0], COMMANDS)}")
         return COMMANDS[arguments[0]](arguments)
+    except _HelpWasShown:
+        return 0
     except Exception as error:
         if os.environ.get("ZOO_TRACEBACK") or not _is_for_the_user(error):
             raise
-        return _fail(str(error), 2 if type(error).__name__ == "RecipeError" else 1)
+        return _fail(str(error), 2 if isinstance(error, RecipeError) else 1)
 
 
 def _is_for_the_user(error: Exception) -> bool:
     """Whether the message says what to do; anything else is a bug and keeps its traceback."""
-    names = {"RecipeError", "NonFiniteLossError", "MisconfigurationException"}
+    names = {"NonFiniteLossError", "MisconfigurationException"}
     return isinstance(error, OSError | ValueError | ImportError) or type(error).__name__ in names
 
 
 def _fail(message: str, status: int) -> int:
     rank = os.environ.get("LOCAL_RANK", "0")
     where = f" (process {rank})" if rank != "0" else ""
-    print(f"zoo: error{where}: {message}", file=sys.stderr)
+    print(f"zoo: error{where}: {textwrap.shorten(message, 900, placeholder=' …')}", file=sys.stderr)
     return status
 
 
+class _HelpWasShown(Exception):  # noqa: N818 (no error)
+    pass
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse for one command: an error is one line, and nothing ends the process."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(f"zoo {command}", description=description, allow_abbrev=False)
+
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        """Parse; look for misspelt options first, else argparse reports the right one as missing."""
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        for option in (argument.split("=")[0] for argument in arguments if argument.startswith("--")):
+            if option not in known:
+                self.error(f"there is no option {option}{suggest(option, known)}")
+        return self.parse_args(arguments)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what is wrong in place of usage and exit."""
+        raise RecipeError(f"{self.prog}: {message}")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End after ``--help``."""
+        raise _HelpWasShown
+
+
 def _list(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("zoo list", description="The recipes, what they claim and what was measured.")
+    parser = _Parser("list", "The recipes, what they claim and what was measured.")
     parser.add_argument("--json", action="store_true", help="for programs")
     rows = recipes.table()
-    if parser.parse_args(arguments[1:]).json:
+    if parser.parse(arguments[1:]).json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return 0
     from rich.console import Console
@@ -95,9 +127,9 @@ def _list(arguments: list[str]) -> int:
 
 
 def _show(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("zoo show", description="What each layer of an architecture costs.")
-    parser.add_argument("architecture", help="as in `zoo list`, for example lenet")
-    parser.add_argument("--input", help="size of the input, CxHxW")
+    parser = _Parser("show", "What each layer of an architecture costs.")
+    parser.add_argument("architecture", help="as in `zoo list`, for example lenet; its own arguments may follow")
+    parser.add_argument("--input", type=_size, help="size of the input, CxHxW")
     chosen, rest = parser.parse_known_args(arguments[1:])
     name = _architecture(chosen.architecture)
     import torch
@@ -106,19 +138,15 @@ def _show(arguments: list[str]) -> int:
 
     from zoo.layer_table import layer_table
 
-    with torch.device("meta"):
+    with refusing(), torch.device("meta"):
         model = getattr(zoo, name)(**_constructor_arguments(name, rest))
-    size = model.example_input_array.shape[1:]
-    if chosen.input:
-        try:
-            size = torch.Size(int(number) for number in chosen.input.split("x"))
-        except ValueError:
-            return _fail(f"--input {chosen.input}: expected channels x height x width, for example 3x224x224", 2)
+    size = chosen.input or model.example_input_array.shape[1:]
     try:
         rows = layer_table(model, torch.zeros(1, *size, device="meta"))
     except RuntimeError as error:
         arguments_of = ", ".join(_parameters(name))
-        return _fail(f"{name} does not take {chosen.input} ({error}); its arguments are {arguments_of}", 2)
+        shape = "x".join(map(str, size))
+        raise RecipeError(f"{name} does not take {shape} ({error}); its arguments are {arguments_of}") from error
     table = Table("layer", "kind", "output", "memory (KB)", "parameters", "MFLOP", box=None, header_style="bold")
     for column in table.columns[3:]:
         column.justify = "right"
@@ -139,37 +167,42 @@ def _show(arguments: list[str]) -> int:
     return 0
 
 
+def _size(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected channels x height x width like 3x224x224, not {text!r}") from None
+
+
 def _architecture(name: str) -> str:
     """The class of ``lenet``, ``LeNet`` or ``zoo.LeNet``."""
     known = {module.removeprefix("zoo."): architecture for architecture, module in zoo.ARCHITECTURES.items()}
     known |= {architecture.lower(): architecture for architecture in zoo.ARCHITECTURES}
     asked = name.removeprefix("zoo.").lower()
     if asked not in known:
-        near = difflib.get_close_matches(asked, known, n=2, cutoff=0.4)
-        raise ValueError(f"there is no architecture {name!r}: {'did you mean' if near else 'there are'} "
-                         f"{' or '.join(near) if near else ', '.join(sorted(known))}{'?' if near else ''}")  # fmt: skip
+        raise RecipeError(f"there is no architecture {name!r}{suggest(asked, sorted(known), alike=0.4)}")
     return known[asked]
 
 
-def _parameters(name: str) -> list[str]:
+def _parameters(name: str) -> dict[str, Any]:
+    """The arguments of an architecture that shape it, with their defaults."""
     import inspect
 
     hidden = ("optimizer", "scheduler", "weights", "keep_matching_classes")
-    return [parameter for parameter in inspect.signature(getattr(zoo, name)).parameters if parameter not in hidden]
+    parameters = inspect.signature(getattr(zoo, name)).parameters
+    return {key: parameter.default for key, parameter in parameters.items() if key not in hidden}
 
 
 def _constructor_arguments(name: str, rest: list[str]) -> dict[str, Any]:
     """``--in_channels 3 --image_size 32`` as arguments of the architecture's constructor."""
     import yaml
 
-    known = _parameters(name)
-    parser = argparse.ArgumentParser(f"zoo show {name.lower()}", allow_abbrev=False)
-    for parameter in known:
-        parser.add_argument(f"--{parameter}", type=yaml.safe_load, default=argparse.SUPPRESS)
-    chosen, unknown = parser.parse_known_args(rest)
-    if unknown:
-        raise ValueError(f"{name} has no argument {unknown[0]}: it has {', '.join(known)}")
-    return vars(chosen)
+    parser = _Parser(f"show {name.lower()}", "")
+    for key, default in _parameters(name).items():
+        kind = type(default) if type(default) in (int, float, str) else yaml.safe_load
+        parser.add_argument(f"--{key}", type=kind, default=argparse.SUPPRESS)
+    parser.add_argument("--input", default=argparse.SUPPRESS)  # for suggestions: it was taken before
+    return vars(parser.parse(rest))
 
 
 def _run(arguments: list[str]) -> int:
@@ -180,34 +213,40 @@ def _run(arguments: list[str]) -> int:
 
         RecipeCLI([command, "--help"], "")  # prints and exits
     if not rest or rest[0].startswith("-"):
-        return _fail(f"zoo {command} needs a recipe: one of {', '.join(recipes.names())}, or a YAML file", 2)
+        raise RecipeError(f"zoo {command} needs a recipe first: one of {', '.join(recipes.names())}, or a YAML file")
     cli = _start(command, rest[0], rest[1:])
-    if cli.trainer.is_global_zero and cli.trainer.log_dir and not cli.trainer.fast_dev_run:
-        print(f"files of this run: {cli.trainer.log_dir}")
+    folder = cli.trainer.log_dir  # asked by every process: they agree on it together
+    if cli.trainer.is_global_zero and folder and not cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        print(f"files of this run: {folder}")
     return 0
 
 
 def _start(command: str, recipe: str, overrides: list[str]) -> "RecipeCLI":
-    """Run one subcommand of a recipe; SIGTERM and Ctrl+C end the process with their usual status."""
+    """Run one subcommand of a recipe."""
+    return _finish(_prepare(command, recipe, overrides))
+
+
+def _finish(cli: "RecipeCLI") -> "RecipeCLI":
+    """Run what was prepared; SIGTERM and Ctrl+C end the process with their usual status."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    try:
+        cli.run()
+    except SIGTERMException:
+        sys.exit(143)
+    return cli
+
+
+def _prepare(command: str, recipe: str, overrides: list[str]) -> "RecipeCLI":
+    """Model, data and trainer of a recipe; a mistake in the recipe or the overrides is found here."""
     path = recipes.find(recipe)
     recipes.read(path)  # its own error for broken YAML
     name = recipe if path.is_relative_to(recipes.FOLDER) and not recipe.endswith(".yaml") else path.stem
     overrides = _overlays(overrides)
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-    from zoo.running.command import RecipeCLI, RecipeError
+    from zoo.running.command import RecipeCLI
 
     _quieten()
-    overrides = _resolve_checkpoint(command, name, overrides)
-    if command != "fit" and not any(o.split("=")[0] in ("--ckpt_path", "--model.init_args.weights") for o in overrides):
-        raise RecipeError(
-            f"zoo {command} {recipe} would use a network that has learnt nothing: add --ckpt_path best (the newest "
-            "run's), --ckpt_path FILE or --model.init_args.weights FILE"
-        )
-    try:
-        return RecipeCLI([command, "--config", str(path), *overrides], name)
-    except SIGTERMException:
-        sys.exit(143)
+    return RecipeCLI([command, "--config", str(path), *_resolve_checkpoint(command, name, overrides)], name)
 
 
 def _quieten() -> None:
@@ -221,31 +260,40 @@ def _quieten() -> None:
 
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(NoTips())
     # One process without worker processes is the fast way for data in memory; the loggers are chosen by the recipe.
-    for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*multiple `ModelCheckpoint`.*",
-                    ".*Checkpoint directory .* exists and is not empty.*", ".*dirpath.* has changed.*"):  # fmt: skip
+    for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*",
+                    ".*multiple `ModelCheckpoint`.*",
+                    ".*Checkpoint directory .* exists and is not empty.*", ".*dirpath.* has changed.*",
+                    ".*Detected pickle protocol.*"):  # fmt: skip
         warnings.filterwarnings("ignore", message)
 
 
 def _overlays(overrides: list[str]) -> list[str]:
     """``--config wandb`` means the overlay of that name, unless there is such a file."""
-    resolved = list(overrides)
-    for place, argument in enumerate(overrides):
-        if argument == "--config" and place + 1 < len(overrides):
-            resolved[place + 1] = str(recipes.find(overrides[place + 1], recipes.OVERLAYS))
-        elif argument.startswith("--config="):
-            resolved[place] = f"--config={recipes.find(argument.split('=', 1)[1], recipes.OVERLAYS)}"
+    resolved = _apart("--config", ["--config" if override == "-c" else override for override in overrides])
+    for place, argument in enumerate(resolved[:-1]):
+        if argument == "--config":
+            path = recipes.find(resolved[place + 1], recipes.OVERLAYS)
+            recipes.read(path)  # its own error for broken YAML
+            resolved[place + 1] = str(path)
     return resolved
+
+
+def _apart(option: str, overrides: list[str]) -> list[str]:
+    """``option=value`` as two arguments, as all others are."""
+    return [part for o in overrides for part in (o.split("=", 1) if o.startswith(f"{option}=") else [o])]
 
 
 def _resolve_checkpoint(command: str, recipe: str, overrides: list[str]) -> list[str]:
     """``--ckpt_path best`` and ``last`` mean those of the recipe's newest run that has one."""
-    from zoo.running.command import RecipeError, newest_checkpoint
+    from zoo.running.command import newest_checkpoint
 
-    overrides = [part for o in overrides for part in (o.split("=", 1) if o.startswith("--ckpt_path=") else [o])]
+    overrides = _apart("--ckpt_path", overrides)
     if "--ckpt_path" not in overrides[:-1]:
         return overrides
     place = overrides.index("--ckpt_path") + 1
     asked = overrides[place]
+    if asked not in ("best", "last") and "://" not in asked and not Path(asked).is_file():
+        raise RecipeError(f"there is no checkpoint {asked!r}: --ckpt_path expects a file, best or last")
     if asked in ("best", "last"):
         found = newest_checkpoint(recipe, asked)
         if found is None and command == "fit":
@@ -262,16 +310,16 @@ def _resolve_checkpoint(command: str, recipe: str, overrides: list[str]) -> list
 
 
 def _reproduce(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "zoo reproduce", description="Fit, test, hold against the claim, write a report. Status 1 on a miss."
-    )
+    parser = _Parser("reproduce", "Fit, test, hold against the claim, write a report. Status 1 on a miss.")
     parser.add_argument("recipes", nargs="+", metavar="RECIPE")
     parser.add_argument("--out", type=Path, help="folder of the report; by default that of the (last) run")
     split = next((i for i, a in enumerate(arguments[1:], 1) if a.startswith("--") and a not in ("--out", "--help")),
                  len(arguments))  # fmt: skip
-    chosen, overrides = parser.parse_args(arguments[1:split]), arguments[split:]
-    for name in chosen.recipes:
-        recipes.find(name)  # a typo in the last one shall not cost the first one's training
+    chosen, overrides = parser.parse(arguments[1:split]), arguments[split:]
+    if "--out" in overrides:
+        parser.error("--out comes before the overrides")
+    for name in chosen.recipes[1:]:
+        _prepare_with_claims(name, overrides)  # a mistake in the last one shall not cost the first one's training
     runs = [_reproduce_one(name, overrides) for name in chosen.recipes]
     results = [result for run in runs for result in run.results]
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -284,8 +332,15 @@ def _reproduce(arguments: list[str]) -> int:
     return 0 if all(result.met for result in results) else 1
 
 
+def _prepare_with_claims(recipe: str, overrides: list[str]) -> "RecipeCLI":
+    cli = _prepare("fit", recipe, overrides)
+    if not cli.config["fit"]["expect"]:
+        raise RecipeError(f"{recipe} has no `expect` to be held against: run it with zoo fit and zoo test")
+    return cli
+
+
 def _reproduce_one(recipe: str, overrides: list[str]) -> "Run":
-    cli = _start("fit", recipe, overrides)
+    cli = _finish(_prepare_with_claims(recipe, overrides))
     from zoo.running.report import Run, hold_against
 
     trainer = cli.trainer
@@ -315,15 +370,17 @@ def _print_results(results: list["Result"]) -> None:
 
 
 def _export(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("zoo export", description="Write a trained model in another format.")
+    parser = _Parser("export", "Write a trained model in another format.")
     parser.add_argument("checkpoint", type=Path, help=".ckpt of a run, or .safetensors")
     parser.add_argument("--format", required=True, choices=("safetensors", "onnx", "pt2"))
     parser.add_argument("--out", type=Path, help="the new file; by default beside the checkpoint")
     parser.add_argument("--licence", default="", help="licence of the weights, written into safetensors")
-    chosen = parser.parse_args(arguments[1:])
+    chosen = parser.parse(arguments[1:])
     from zoo.export import export
 
-    print(export(chosen.checkpoint, chosen.format, chosen.out, chosen.licence))
+    _quieten()
+    with refusing():
+        print(export(chosen.checkpoint, chosen.format, chosen.out, chosen.licence))
     return 0
 
 

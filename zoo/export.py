@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from uuid import uuid4
 
 import torch
@@ -57,7 +57,8 @@ def export(checkpoint: Path, file_format: Format, out: Path | None = None, licen
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{uuid4().hex}{out.suffix}"
     # Two images: torch.export takes a size of one for a constant.
-    example = torch.rand(2, *module.example_input_array.shape[1:], generator=torch.Generator().manual_seed(0))
+    shape = cast(Tensor, module.example_input_array).shape[1:]
+    example = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
     try:
         difference = (_write_onnx if file_format == "onnx" else _write_pt2)(module, example, partial)
         if not difference <= TOLERANCE:
@@ -98,6 +99,8 @@ def _write_onnx(module: LightningModule, example: Tensor, path: Path) -> float:
     program.model.metadata_props.update({key: json.dumps(value) for key, value in describe(module).items()})
     program.save(path, external_data=False)
     other = torch.cat([example, example[:1]])
-    (found,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": other.numpy()})
+    (found,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(
+        None, {"images": other.numpy()}
+    )
     with torch.no_grad():
         return float((torch.from_numpy(found) - module(other)).abs().max())

@@ -81,7 +81,7 @@ class LeNet(ClassificationTask):
         self.backbone = LeNetBackbone(in_channels, image_size)
         self.head = nn.Linear(self.backbone.out_features, num_classes)
         # Half as long a step on a CPU: its convolutions then run on contiguous channels.
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
         if weights is not None:
             load_weights(self, weights, keep_matching_classes)
 

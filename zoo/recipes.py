@@ -2,6 +2,8 @@
 
 import difflib
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,36 @@ import yaml
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"  # beside this package, in a checkout and in a wheel
 OVERLAYS = "overlays"
+CLAIM = ("metric", "at_least", "at_most", "tolerance", "source", "measured", "cost")  # keys of an entry of `expect`
+
+
+class RecipeError(ValueError):
+    """A wrong command: a name, key, value or file that cannot be meant. Nothing was started."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turn what code of the zoo, of Lightning and of a user refuses into a :class:`RecipeError`."""
+    try:
+        yield
+    except (ValueError, ImportError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise RecipeError(str(error)) from error
+    except Exception as error:
+        if type(error).__name__ != "MisconfigurationException":  # by name: importing Lightning costs seconds
+            raise
+        raise RecipeError(str(error)) from error
+
+
+def suggest(word: str, known: Iterable[str], alike: float = 0.6) -> str:
+    """``": did you mean …?"``; where nothing is like ``word`` all that there is, unless that is much."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=2, cutoff=alike) or [k for k in known if k.startswith(word)][:2]
+    if not near:  # `max_epochs` and `optimiser.lr` are like the ends of trainer.max_epochs, model.init_args.optimizer
+        ends = {k.rsplit(".", 1)[-1]: k for k in known}
+        near = [ends[end] for end in difflib.get_close_matches(word.split(".")[0], ends, n=1)]
+    if near:
+        return f": did you mean {' or '.join(near)}?"
+    return f": there are {', '.join(known)}" if 0 < len(known) < 25 else ""
 
 
 def names() -> list[str]:
@@ -25,33 +57,71 @@ def find(name: str, folder: str = "") -> Path:
         folder: Only there, for example ``overlays``.
 
     Raises:
-        FileNotFoundError: There is no such recipe; it suggests the nearest ones.
+        RecipeError: There is no such recipe; it suggests the nearest ones.
     """
     for path in (Path(name), FOLDER / folder / f"{name}.yaml"):
         if path.is_file():
             return path
-    if folder:
-        known = sorted(path.stem for path in (FOLDER / folder).glob("*.yaml"))
-    else:
-        known = names()
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or [n for n in known if name.split("/")[0] in n]
-    hint = f"did you mean {' or '.join(near[:3])}?" if near else f"there are {', '.join(known)}"
-    raise FileNotFoundError(f"there is no recipe or file {name!r}: {hint}")
+    known = sorted(path.stem for path in (FOLDER / folder).glob("*.yaml")) if folder else names()
+    what = "overlay" if folder else "recipe"
+    raise RecipeError(f"there is no {what} or file {name!r}{suggest(name, known, alike=0.4) if name else ''}")
 
 
 def read(path: Path) -> dict[str, Any]:
     """The content of a recipe.
 
     Raises:
-        ValueError: The file is no YAML mapping.
+        RecipeError: The file is no YAML mapping.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{path}{line}: this is no YAML: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path} is not readable as YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no recipe: expected a mapping with the keys expect, model, data and trainer")
+        kind = "nothing" if content is None else f"a {type(content).__name__}"
+        raise RecipeError(f"{path} holds {kind}, expected a mapping with keys such as model, data and trainer")
     return content
+
+
+def wrong_claim(claim: dict[str, Any]) -> str | None:
+    """What is wrong with an entry of ``expect``; None where nothing is."""
+    for key in claim:
+        if key not in CLAIM:
+            return f"has no key {key!r}{suggest(key, CLAIM)}"
+    if len({"at_least", "at_most"} & claim.keys()) != 1 or not {"metric", "source"} <= claim.keys():
+        return f"needs metric, source, and either at_least or at_most: it has {', '.join(claim)}"
+    for key in ("at_least", "at_most", "tolerance"):
+        if not isinstance(claim.get(key, 0), int | float):
+            return f"must have a number as {key}, not {claim[key]!r}"
+    return None
+
+
+def place(files: list[Path], key: str) -> str:
+    """``FILE, line N`` of the file that sets a dotted key or comes nearest to it; the later of two."""
+    parts = [part for part in key.split(".") if part != "init_args"]
+    found = [(path, _lines(yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader), parts)) for path in files]
+    path, lines = max(reversed(found), key=lambda pair: len(pair[1]))
+    return f"{path}, line {lines[-1]}" if lines else str(path)
+
+
+def sets(path: Path, key: str) -> bool:
+    """Whether a YAML file sets a dotted key, given without ``init_args``."""
+    node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    return len(_lines(node, key.split("."))) == key.count(".") + 1
+
+
+def _lines(node: yaml.Node | None, parts: list[str]) -> list[int]:
+    """The lines of ``parts``, each below the one before, as far as they are there; looks into lists and init_args."""
+    if isinstance(node, yaml.SequenceNode):
+        return max((_lines(child, parts) for child in node.value), key=len, default=[])
+    children = {key.value: (key, value) for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
+    if parts and parts[0] in children:
+        key, value = children[parts[0]]
+        return [key.start_mark.line + 1, *_lines(value, parts[1:])]
+    return _lines(children["init_args"][1], parts) if "init_args" in children else []
 
 
 def table() -> list[dict[str, Any]]:

@@ -42,6 +42,8 @@ class DigitsDataModule(InMemoryDataModule):
         translate: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, val_size, split_seed, translate)
+        if image_size < 1:
+            raise ValueError(f"image_size={image_size} must be at least 1")
         self.image_size = image_size
 
     def read(self, train: bool) -> tuple[Tensor, Tensor]:

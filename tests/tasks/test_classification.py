@@ -102,7 +102,9 @@ def test_predictions_are_names_and_probabilities(model):
         scores = model(images).softmax(1)
         assert [row["class_name"] for row in rows] == [model.class_names[k] for k in scores.argmax(1)]
         assert [row["probability"] for row in rows] == pytest.approx(scores.max(1).values.tolist())
-        assert [name for name, _ in rows[0]["top"]] == [model.class_names[k] for k in scores[0].argsort(descending=True)]
+        assert [name for name, _ in rows[0]["top"]] == [
+            model.class_names[k] for k in scores[0].argsort(descending=True)
+        ]
 
 
 def test_label_smoothing_is_in_the_training_loss_only(model, tmp_path):
@@ -110,9 +112,7 @@ def test_label_smoothing_is_in_the_training_loss_only(model, tmp_path):
     smooth = LeNet(num_classes=4, image_size=8, label_smoothing=0.3)
     smooth.load_state_dict(model.state_dict())
     loader = DataLoader(TensorDataset(images, labels), 37)
-    assert (
-        trainer(tmp_path).test(smooth, loader, verbose=False) == trainer(tmp_path).test(model, loader, verbose=False)
-    )
+    assert trainer(tmp_path).test(smooth, loader, verbose=False) == trainer(tmp_path).test(model, loader, verbose=False)
     run = trainer(tmp_path, max_steps=1, log_every_n_steps=1)
     smooth.optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.0)
     run.fit(smooth, loader)

@@ -26,9 +26,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     beside the old one, flushed to disk, and then renamed over it. Remote paths (``s3://…``) are left to Lightning.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to ``path``; until it is complete on disk the file there stays as it was.
 
         Raises:
@@ -40,7 +38,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             write_atomically(Path(path), checkpoint)
 
     def load_checkpoint(
-        self, path: str | os.PathLike, map_location: Any = "cpu", weights_only: bool | None = None
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a checkpoint; ``weights_only`` is taken as True whatever is asked. See :func:`read_checkpoint`."""
         if "://" in str(path):
@@ -145,7 +143,7 @@ class SaveWhenAskedToStop(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where the run was asked to stop; after any other exception the state may be torn."""
         self._release()
-        if isinstance(exception, SIGTERMException) and not trainer.fast_dev_run:
+        if isinstance(exception, SIGTERMException) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             first = trainer.checkpoint_callback
             if isinstance(first, ModelCheckpoint) and first.dirpath:
                 path = os.path.join(first.dirpath, "last.ckpt")

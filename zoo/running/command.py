@@ -1,85 +1,39 @@
-"""LightningCLI for recipes: what a run gets besides its recipe, and errors that a person can act on."""
+"""LightningCLI for recipes: what a run gets besides its recipe, and where in it a mistake was made."""
 
-import difflib
 import inspect
+import os
 import re
 import sys
+from contextlib import suppress
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, cast
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
+from zoo import recipes
+from zoo.recipes import RecipeError, refusing
 from zoo.running.checkpoint import SafeCheckpointIO, checkpoint_callbacks, read_checkpoint
 from zoo.running.nonfinite import StopOnNonFiniteLoss
 from zoo.running.optimizing import LinearScaling
+from zoo.running.parser import NO_VALUE, RecipeParser, reason
 from zoo.running.predictions import WritePredictions
 from zoo.running.progress import EpochLines
 from zoo.running.provenance import Provenance
 from zoo.running.resume import ExactResume
 
+COMMANDS = ("fit", "validate", "test", "predict")
 LINKED = ("num_classes", "class_names")  # facts of the data that a model is told
 
 
-class RecipeError(ValueError):
-    """A wrong key or value in a recipe or on the command line."""
-
-
-class RecipeParser(LightningArgumentParser):
-    """Raises one readable error in place of usage, exit and a screen of types."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
-        """Turn jsonargparse's message into a :class:`RecipeError` that suggests the nearest right key."""
-        raise RecipeError(readable(message, self._known_keys())) from None
-
-    def _known_keys(self) -> list[str]:
-        parsers = [self, *getattr(self._subcommands_action, "choices", {}).values()]
-        return sorted({action.dest for parser in parsers for action in parser._actions})
-
-
-def readable(message: str, known: list[str]) -> str:
-    """One or two lines: which key, what was expected, what was given, what may have been meant."""
-    if match := re.search(r"given class_path '([\w.]+)':\s+(?:.*\n\s+)*?Option '([\w.]+)' is not accepted", message):
-        path, key = match.groups()
-        return f"{path} has no argument {key!r}{_suggest(key, _arguments(path))}"
-    if match := re.search(r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)", message):
-        key = match[1] or match[2]
-        return f"there is no key {key!r}{_suggest(key, known)}"
-    if match := re.search(r"given class_path '([\w.]+)':\s+(.*)", message):
-        return f"{match[1]}: {match[2].strip()}{_suggest(match[1], _class_paths())}"
-    key = re.search(r'Parser key "([\w.]+)"', message)
-    expected = re.findall(r"Expected a <class '([\w.]+)'>", message)
-    given = re.search(r"Given value: (.*)", message)
-    if key and expected and given:
-        wanted = " or ".join(dict.fromkeys("null" if e == "NoneType" else e for e in expected))
-        return f"{key[1]} must be {wanted}, not {given[1].strip()!r}"
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return " ".join(lines)[:500]
-
-
-def _suggest(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
-    return f": did you mean {' or '.join(near)}?" if near else (f": it has {', '.join(known)}" if len(known) < 25 else "")
-
-
-def _arguments(class_path: str) -> list[str]:
-    module, name = class_path.rsplit(".", 1)
-    return [p for p in inspect.signature(getattr(import_module(module), name)).parameters if p not in LINKED]
-
-
-def _class_paths() -> list[str]:
-    import zoo
-
-    data = import_module("datamodules")
-    return [f"zoo.{name}" for name in zoo.ARCHITECTURES] + [f"datamodules.{name}" for name in data.__all__]
-
-
 class RecipeCLI(LightningCLI):
-    """Runs one subcommand of a recipe with everything that every run of the zoo gets.
+    """One subcommand of a recipe, ready to :meth:`run`, with everything that every run of the zoo gets.
 
     That is: a CSV logger under ``runs/<recipe>``, ``best.ckpt`` and ``last.ckpt`` written safely, exact resuming, a
     stop at the first loss that is no number, a progress bar on a terminal and a line per epoch elsewhere, and
@@ -98,7 +52,7 @@ class RecipeCLI(LightningCLI):
             LightningDataModule,
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={name: {"allow_abbrev": False} for name in self.subcommands()},
+            parser_kwargs={"prog": "zoo", "allow_abbrev": False} | {name: {"allow_abbrev": False} for name in COMMANDS},
             parser_class=RecipeParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -117,16 +71,28 @@ class RecipeCLI(LightningCLI):
         )
         for fact in LINKED:
             parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
-        logger = {"save_dir": "runs", "name": self.recipe}
-        parser.set_defaults({"trainer.logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": logger}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; refuse what the data decides, which jsonargparse would silently drop."""
-        for fact in LINKED:
-            for prefix in ("--model.init_args.", "--model."):
-                if any(arg.split("=")[0] == prefix + fact for arg in args):
-                    raise RecipeError(f"{prefix[2:]}{fact} comes from the data module: choose other data instead")
-        self.config = parser.parse_args(args)
+        """Parse; say where what is wrong was set; refuse what the data decides, which jsonargparse silently drops."""
+        files = [Path(value) for option, value in pairwise(args) if option == "--config"]
+        options = [_short(option) for option in args if option.startswith("--")]
+        keys = _class_keys(files)
+        for each in (parser, *self._subcommand_parsers.values()):
+            cast(RecipeParser, each).of_classes = keys
+        try:
+            for fact in LINKED:
+                if f"model.{fact}" in options or any(recipes.sets(path, f"model.{fact}") for path in files):
+                    raise RecipeError(f"‹model.init_args.{fact}› comes from the data: choose another data module")
+            self.config = parser.parse_args(args)
+            _check_values(self.config[self.config["subcommand"]])
+        except RecipeError as error:
+            match = re.fullmatch(r"‹(.*?)› (.*)", str(error))
+            if match is None:
+                raise
+            key = _short(match[1])
+            typed = any(key == o.removesuffix(".class_path") or key.startswith(f"{o}.") for o in options)
+            where = "--" if typed or not files else f"{recipes.place(files, key)}: "
+            raise RecipeError(f"{where}{match[1]} {match[2]}") from None
 
     def _parse_ckpt_path(self) -> None:
         """Build the model that the checkpoint was written by, also if plain Python wrote it.
@@ -135,12 +101,18 @@ class RecipeCLI(LightningCLI):
         """
         subcommand = str(self.config.get("subcommand"))
         path = self.config[subcommand].get("ckpt_path")
+        if not path and subcommand != "fit" and not self.config[subcommand].model.get("init_args.weights"):
+            raise RecipeError(
+                f"zoo {subcommand} {self.recipe} would use a network that has learnt nothing: add --ckpt_path best "
+                "(the newest run's), --ckpt_path FILE or --model.init_args.weights FILE"
+            )
         if not path or "://" in path:
             return
-        content = read_checkpoint(path)
+        with refusing():
+            content = read_checkpoint(path)
         described = content.get("zoo")
         if not described:
-            raise RecipeError(f"{path} was not written by a model of the zoo: start from it with --model.init_args.weights")
+            raise RecipeError(f"{path} holds no model of the zoo: start from it with --model.init_args.weights {path}")
         asked = self.config[subcommand].model
         arguments = {k: v for k, v in described["arguments"].items() if k not in LINKED}
         if asked.class_path.rsplit(".", 1)[-1] != described["class_path"].rsplit(".", 1)[-1]:
@@ -152,6 +124,38 @@ class RecipeCLI(LightningCLI):
             asked.init_args[key] = value
         asked.init_args["weights"] = None
 
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; what they refuse is a wrong recipe."""
+        try:
+            with refusing():
+                super().instantiate_classes()
+        except RecipeError as error:
+            raise RecipeError(reason(str(error))) from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing: :meth:`run` does it."""
+
+    def run(self) -> None:
+        """Fit, validate, test or predict.
+
+        Raises:
+            RecipeError: The model or the data refused before the first batch. The run's empty folder is removed.
+        """
+        try:
+            super()._run_subcommand(str(self.subcommand))
+        except Exception:
+            folder = Path(getattr(self.trainer.logger, "log_dir", None) or os.devnull)
+            written = list(folder.glob("*"))
+            started = any(self.timer.start_time(stage) is not None for stage in ("train", "validate", "test"))
+            if started or any(path.name not in ("config.yaml", "hparams.yaml") for path in written):
+                raise
+            if self.trainer.is_global_zero and folder.is_dir():
+                for path in written:
+                    path.unlink()
+                os.removedirs(folder)  # with what is empty above it
+            with refusing():
+                raise
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The recipe's Trainer with the callbacks of every run."""
         config = self._get(self.config_init, "trainer", default={})
@@ -162,8 +166,23 @@ class RecipeCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, SafeCheckpointIO()]
         config["plugins"] = plugins
+        config["logger"] = self._loggers(config.get("logger"))
         config["callbacks"] = [*given, *(c for c in self._callbacks(config) if not _configured(c, given))]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            with refusing():
+                return super().instantiate_trainer(**kwargs)
+        except (RecipeError, TypeError) as error:
+            hardware = f"accelerator {config.get('accelerator')}, devices {config.get('devices')}"
+            raise RecipeError(f"trainer ({hardware}): {error}") from error
+
+    def _loggers(self, given: Any) -> Any:
+        """The recipe's loggers behind the CSV log that every run keeps, unless logging is switched off."""
+        if given is False:
+            return False
+        loggers = [] if given in (None, True) else given if isinstance(given, list) else [given]
+        if any(isinstance(logger, CSVLogger) for logger in loggers):
+            return loggers
+        return [CSVLogger("runs", name=self.recipe), *loggers]
 
     def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
         callbacks: list[Callback] = [
@@ -187,6 +206,38 @@ class RecipeCLI(LightningCLI):
         if self._get(self.config_init, "linear_scaling"):
             callbacks.append(LinearScaling())
         return callbacks
+
+
+def _short(option: str) -> str:
+    """``--model.init_args.weights=file`` as ``model.weights``."""
+    return option.split("=")[0].lstrip("-").rstrip("+").replace(".init_args", "")
+
+
+def _class_keys(files: list[Path]) -> tuple[str, ...]:
+    """The keys of the model and the data that the recipe names: ``model.init_args.image_size``, ….
+
+    Empty for classes that cannot be imported, which is reported where they are parsed.
+    """
+    keys = []
+    for part in ("model", "data"):
+        with suppress(Exception):
+            module, name = recipes.read(files[0])[part]["class_path"].rsplit(".", 1)
+            parameters = inspect.signature(getattr(import_module(module), name)).parameters
+            keys += [f"{part}.init_args.{parameter}" for parameter in parameters if parameter not in LINKED]
+    return tuple(keys)
+
+
+def _check_values(config: Any) -> None:
+    """What the types let pass.
+
+    Raises:
+        RecipeError: A claim of ``expect`` is incomplete, or ``trainer`` is no mapping.
+    """
+    for claim in config["expect"]:
+        if problem := recipes.wrong_claim(claim):
+            raise RecipeError(f"‹expect› {problem}")
+    if isinstance(config.get("trainer"), int | float | str | list):
+        raise RecipeError(f"‹trainer› {NO_VALUE}")
 
 
 def _configured(callback: Callback, given: list[Callback]) -> bool:

@@ -34,7 +34,7 @@ class StopOnNonFiniteLoss(Callback):
             self._first_bad = torch.tensor(-1, device=loss.device)
         bad = (self._first_bad < 0) & ~torch.isfinite(loss.detach())
         self._first_bad = torch.where(bad, batch, self._first_bad)
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._look(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,8 +55,8 @@ class StopOnNonFiniteLoss(Callback):
             self._stop(trainer, batch)
 
     def _stop(self, trainer: Trainer, batch: int) -> None:
-        sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
-        samples = f" (training samples {sampler.indices(batch)})" if hasattr(sampler, "indices") else ""
+        indices = getattr(getattr(trainer.train_dataloader, "batch_sampler", None), "indices", None)
+        samples = f" (training samples {indices(batch)})" if callable(indices) else ""
         raise NonFiniteLossError(
             f"the training loss is not finite at epoch {trainer.current_epoch}, batch {batch}{samples}. Checkpoints "
             "written before are untouched; a smaller learning rate, a warm-up, trainer.gradient_clip_val or "

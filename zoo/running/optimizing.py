@@ -1,6 +1,7 @@
 """Optimizer and schedule from a recipe, in steps, and the linear scaling rule for several processes."""
 
 from collections.abc import Callable
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
@@ -47,12 +48,13 @@ class LinearScaling(Callback):
         factor = trainer.world_size
         if stage != "fit" or factor == 1:
             return
-        if not callable(getattr(pl_module, "optimizer", None)):
+        build: Any = getattr(pl_module, "optimizer", None)
+        schedule: Any = getattr(pl_module, "scheduler", None)
+        if not callable(build):
             raise ValueError(f"linear scaling needs a module with an `optimizer` callable, {type(pl_module)} has none")
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "batch_size"):
             data.batch_size *= factor
-        build, schedule = pl_module.optimizer, pl_module.scheduler
 
         def scaled(parameters: list) -> Optimizer:
             optimizer = build(parameters)
@@ -62,13 +64,15 @@ class LinearScaling(Callback):
             rank_zero_info(f"linear scaling: {factor} processes, learning rate {rates}")
             return optimizer
 
-        pl_module.optimizer = scaled
-        pl_module.scheduler = lambda optimizer, steps: warm_up(optimizer, steps, self.warmup_steps, schedule)
+        def warmed_up(optimizer: Optimizer, steps: int) -> LRScheduler:
+            return warm_up(optimizer, steps, self.warmup_steps, schedule)
+
+        # Through Any: to a type checker every attribute of a module may be a tensor.
+        changed: Any = pl_module
+        changed.optimizer, changed.scheduler = scaled, warmed_up
 
 
-def warm_up(
-    optimizer: Optimizer, steps: int, warmup_steps: int, scheduler: SchedulerCallable | None
-) -> LRScheduler:
+def warm_up(optimizer: Optimizer, steps: int, warmup_steps: int, scheduler: SchedulerCallable | None) -> LRScheduler:
     """A linear rise from 0 over ``warmup_steps`` (at most a tenth of ``steps``), then ``scheduler`` over the rest."""
     if warmup_steps > steps // 10:
         warmup_steps = max(1, steps // 10)

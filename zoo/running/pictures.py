@@ -23,7 +23,7 @@ def log_picture(module: LightningModule, name: str, figure: "Figure") -> None:
         figure: What to show.
     """
     trainer = module.trainer
-    if trainer.fast_dev_run or trainer.sanity_checking:
+    if trainer.fast_dev_run or trainer.sanity_checking:  # type: ignore[attr-defined]
         return
     pixels = to_pixels(figure)
     for logger in trainer.loggers:

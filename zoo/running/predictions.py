@@ -20,10 +20,14 @@ class WritePredictions(Callback):
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
+        self._folder: Path | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
         self._rows = []
+        folder = trainer.log_dir  # asked by every process: they agree on it together
+        wanted = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        self._folder = Path(folder) if folder and wanted else None
 
     def on_predict_batch_end(
         self,
@@ -38,9 +42,9 @@ class WritePredictions(Callback):
         if not isinstance(outputs, list):
             return
         self._rows += outputs
-        folder = _folder(trainer)
-        if batch_idx == 0 and trainer.is_global_zero and folder and hasattr(pl_module, "draw_predictions"):
-            write_png(pl_module.draw_predictions(batch, outputs), folder / "predictions.png")
+        draw: Any = getattr(pl_module, "draw_predictions", None)
+        if batch_idx == 0 and self._folder and draw is not None:
+            write_png(draw(batch, outputs), self._folder / "predictions.png")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the rows of all processes into the order of the data and write them."""
@@ -48,17 +52,12 @@ class WritePredictions(Callback):
         if trainer.world_size > 1:
             shares = [None] * trainer.world_size
             torch.distributed.all_gather_object(shares, self._rows)
-        folder = _folder(trainer)
-        if not trainer.is_global_zero or folder is None:
+        if self._folder is None:
             return
         # Process r had samples r, r + k, r + 2k, … (datamodules.sampling.EvaluationBatches).
         rows = [share[i] for i in range(max(map(len, shares))) for share in shares if i < len(share)]
         if rows:
-            path = folder / "predictions.jsonl"
+            path = self._folder / "predictions.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             rank_zero_info(f"{len(rows)} predictions in {path}, the first ones as a picture beside it")
-
-
-def _folder(trainer: Trainer) -> Path | None:
-    return Path(trainer.log_dir) if trainer.log_dir and not trainer.fast_dev_run else None

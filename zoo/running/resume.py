@@ -13,8 +13,9 @@ from torch import Tensor
 class ExactResume(Callback):
     """Saves every process's random state in the checkpoint and sets it again when training goes on.
 
-    Under gradient accumulation in one process the gradients collected so far are kept as well. With a training loader whose place is saved (``datamodules.sampling``), a run that was killed and resumed ends with
-    the weights of one that was not, to the last bit, on the same machine.
+    Under gradient accumulation in one process the gradients collected so far are kept as well. With a training loader
+    whose place is saved (``datamodules.sampling``), a run that was killed and resumed ends with the weights of one that
+    was not, to the last bit, on the same machine.
     """
 
     def __init__(self) -> None:
@@ -40,11 +41,13 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the place in the data and the random state where the checkpoint had them."""
         loop = trainer.fit_loop
-        if loop.restarting and loop._combined_loader_states_to_load:
+        if loop._combined_loader_states_to_load and loop._combined_loader is not None:
             # Lightning restores a loader's place when it makes the loader. A schedule that asks for the number of
-            # steps has it made before the checkpoint is read, and the place was then lost.
-            loop._load_combined_loader_states()
-            iter(loop._data_fetcher)  # type: ignore[call-overload]
+            # steps has it made before the checkpoint is read, and the place was then lost; at the end of an epoch
+            # it is not restored at all, and with it the seed of the order.
+            loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+            loop._combined_loader_states_to_load = []
+            iter(loop._data_fetcher)  # type: ignore[arg-type]
         for name, parameter in pl_module.named_parameters():
             if name in self._gradients:
                 parameter.grad = self._gradients[name].to(parameter.device)
@@ -63,10 +66,10 @@ class ExactResume(Callback):
 
 def _random_state(device: torch.device) -> dict[str, Any]:
     """The state of the generators that training may draw from, as plain values and tensors."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), position, has_gauss, cached),
+        "numpy": (name, np.asarray(keys).tolist(), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }

@@ -78,7 +78,7 @@ class ClassificationTask(LightningModule):
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             accuracy = (logits.argmax(1) == labels).float().mean()
             self.log_dict({"train/loss": loss, "train/accuracy": accuracy}, prog_bar=True)
         return loss
@@ -169,4 +169,5 @@ class ClassificationTask(LightningModule):
             return self._mistakes
         gathered: list[Any] = [None] * self.trainer.world_size
         torch.distributed.all_gather_object(gathered, self._mistakes)
-        return sorted(sum(gathered, []), key=lambda mistake: -mistake["loss"])[:WORST]
+        everyone = [mistake for share in gathered for mistake in share]
+        return sorted(everyone, key=lambda mistake: -mistake["loss"])[:WORST]
