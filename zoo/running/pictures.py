@@ -1,5 +1,6 @@
 """One way to draw and one way to log a picture, whatever loggers are on."""
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,7 @@ import numpy as np
 from lightning import LightningModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ def log_picture(module: LightningModule, name: str, figure: "Figure") -> None:
     trainer = module.trainer
     if trainer.fast_dev_run or trainer.sanity_checking:  # type: ignore[attr-defined]
         return
-    pixels = to_pixels(figure)
+    pixels = np.asarray(Image.open(io.BytesIO(to_png(figure))).convert("RGB"))  # (H, W, 3)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(name, pixels, module.global_step, dataformats="HWC")
@@ -39,16 +41,14 @@ def log_picture(module: LightningModule, name: str, figure: "Figure") -> None:
 def write_png(figure: "Figure", path: Path) -> None:
     """Write a figure as a PNG file, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    path.write_bytes(to_png(figure))
 
 
-def to_pixels(figure: "Figure") -> np.ndarray:
-    """Draw a figure to uint8 (H, W, 3)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+def to_png(figure: "Figure") -> bytes:
+    """Draw a figure as large as what is on it, as a PNG file's content."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight", pad_inches=0.15)
+    return buffer.getvalue()
 
 
 def contact_sheet(images: Tensor, captions: list[str], title: str = "", marked: list[bool] | None = None) -> "Figure":

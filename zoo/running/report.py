@@ -3,7 +3,6 @@
 import base64
 import csv
 import html
-import io
 import os
 import platform
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from zoo.running.pictures import to_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -169,7 +170,7 @@ def curves_figure(series: dict[str, list[tuple[int, float]]]) -> "Figure | None"
 def _section(run: Run) -> str:
     curves = run.folder / "metrics.csv"
     figure = curves_figure(read_curves(curves)) if curves.is_file() else None
-    pictures = [_picture(_encode(figure), "learning curves")] if figure else []
+    pictures = [_picture(to_png(figure), "learning curves")] if figure else []
     files = [run.folder / "predictions.png", *sorted((run.folder / "pictures").glob("*.png"))]
     pictures += [_picture(file.read_bytes(), file.stem.replace("_", " ")) for file in files if file.is_file()]
     config = run.folder / "config.yaml"
@@ -206,12 +207,6 @@ def _picture(png: bytes, caption: str) -> str:
     data = base64.b64encode(png).decode()
     name = html.escape(caption)
     return f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/png;base64,{data}"></figure>'
-
-
-def _encode(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
 
 
 PAGE = """<!doctype html>
