@@ -346,8 +346,9 @@ def _reproduce_one(recipe: str, overrides: list[str]) -> "Run":
     trainer = cli.trainer
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     seconds = cli.timer.time_elapsed("train")
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
-    trainer.test(cli.model, cli.datamodule, ckpt_path=best, verbose=False)
+    # The weights at the end of training, as papers report them: under a schedule that ends at 0 they are better than
+    # those that happened to be best on the validation split.
+    trainer.test(cli.model, cli.datamodule, verbose=False)
     metrics |= {key: float(value) for key, value in trainer.callback_metrics.items()}
     trainer.limit_predict_batches = 1
     trainer.predict(cli.model, cli.datamodule, return_predictions=False)

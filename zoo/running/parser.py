@@ -55,9 +55,9 @@ def readable(message: str, known: list[str]) -> str:
     key = outer[1] if outer else ""
     if inner := re.search(r"‹(.*?)› (.*)", message):
         return f"‹{key}.init_args.{inner[1]}› {inner[2]}" if key else inner[0]
-    if match := re.search(r"(?:option|Option) '([\w.]+)'|unrecognized arguments: --([\w.]+)", message):
+    if match := re.search(r"(?:[Oo]ption|key) '([\w.]+)'|nrecognized arguments: --([\w.]+)", message):
         return _unknown_key(match[1] or match[2], known)
-    if match := re.search(r"unrecognized arguments: (\S+)", message):
+    if match := re.search(r"nrecognized arguments: (\S+)", message):
         word = "--" + match[1].split("=")[0].lstrip("-")
         return f"{match[1]!r} is no override, which is --key value{suggest(word, [f'--{key}' for key in known])}"
     if match := re.search(r"argument (?:-\w/)?--([\w.]+): expected", message):
@@ -110,7 +110,7 @@ def _suggest_class(kind: str, given: str) -> str:
 
 def _wrong_type(message: str) -> str | None:
     expected = re.findall(r"Expected a <class '(?:[\w.]+\.)?(\w+)'>", message)
-    expected = ["null" if name == "NoneType" else name for name in dict.fromkeys(expected)]
+    expected = sorted(dict.fromkeys("null" if name == "NoneType" else name for name in expected), key="null".__eq__)
     choices = re.findall(r"Expected a typing.Literal\[(.*?)\]", message)
     given = _given(message)
     if not expected + choices or given is None:
@@ -126,5 +126,7 @@ def _given(message: str) -> str | None:
 
 def reason(message: str) -> str:
     """The first of the reasons that jsonargparse gives for refusing each type of a union, in one line."""
-    match = re.search(r"Errors:\n\s*- ((?:.*\n)*?.*?)\s*(?:\n\s*- |\nGiven value|$)", message)
-    return " ".join((match[1] if match else message).split())
+    listed = re.search(r"Errors:\n(.*?)(?:\n *Given value|$)", message, re.DOTALL)
+    reasons = re.split(r"(?:^|\n) *- ", listed[1])[1:] if listed else [message]
+    told = [" ".join(each.split()) for each in reasons]
+    return next((each for each in told if not each.startswith("Expected a <class")), told[0])
