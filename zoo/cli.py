@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 for a missed claim or a run that failed; 2 for a wrong command or recipe, found before the
-        first batch, which leaves nothing behind; 143 after SIGTERM.
+        first batch, which leaves nothing behind.
 
     Raises:
         SystemExit: After LightningCLI's ``--help`` and ``--print_config`` (0) and after SIGTERM (143).
