@@ -73,7 +73,7 @@ class LeNet(ClassificationTask):
         label_smoothing: float = 0.0,
         weights: str | None = None,
         keep_matching_classes: bool = False,
-        optimizer: OptimizerCallable = lambda params: optim.Adam(params, lr=1e-3),
+        optimizer: OptimizerCallable = lambda params: optim.Adam(params, lr=1e-3, fused=True),
         scheduler: SchedulerCallable | None = None,
     ) -> None:
         super().__init__(num_classes, class_names, optimizer, scheduler, label_smoothing)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import threading
+import time
 from pathlib import Path
 from signal import SIGINT, default_int_handler, getsignal, signal
 from types import FrameType
@@ -12,7 +13,7 @@ from uuid import uuid4
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -98,37 +99,42 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def checkpoint_callbacks(monitor: str | None, mode: str, minutes: float = 10.0) -> list[Callback]:
-    """What keeps ``best.ckpt`` (by ``monitor``) and ``last.ckpt``, the newest state whatever the metric says.
+    """What keeps ``best.ckpt`` (by ``monitor``; none where that is None) and ``last.ckpt``.
 
-    ``last.ckpt`` is written after every epoch, every so many ``minutes`` within one, and when the run is asked to
-    stop. Lightning's own ``save_last`` is a copy of the best (pvnet issue 544), so it is not used.
+    Lightning's own ``save_last`` is a copy of the best (pvnet issue 544), so it is not used.
     """
-    from datetime import timedelta
-
-    last: dict[str, Any] = {"filename": "last", "enable_version_counter": False}
-    callbacks: list[Callback] = [
-        ModelCheckpoint(**last, save_on_train_epoch_end=True),
-        ModelCheckpoint(**last, train_time_interval=timedelta(minutes=minutes)),
-        SaveWhenAskedToStop(),
-    ]
-    if monitor is not None:
-        best = ModelCheckpoint(monitor=monitor, mode=mode, filename="best", enable_version_counter=False)
-        callbacks.insert(0, best)
-    return callbacks
+    keep_last = KeepLast(minutes)
+    if monitor is None:
+        return [keep_last]
+    return [ModelCheckpoint(monitor=monitor, mode=mode, filename="best", enable_version_counter=False), keep_last]
 
 
-class SaveWhenAskedToStop(Callback):
-    """On SIGTERM, and on the first Ctrl+C, finishes the batch, saves ``last.ckpt`` and ends the run.
+class KeepLast(Checkpoint):
+    """Keeps ``checkpoints/last.ckpt``: the newest state, whatever the metric says.
 
-    A second Ctrl+C ends it at once; ``last.ckpt`` is then the one of the last epoch or interval.
+    It is written after every epoch, every so many minutes within one, and when the run is asked to stop: on SIGTERM,
+    and on the first Ctrl+C, the batch is finished, the state saved and the run ended. A second Ctrl+C ends it at once;
+    ``last.ckpt`` is then that of the last epoch or interval.
+
+    Args:
+        minutes: How old the file may become within an epoch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, minutes: float = 10.0) -> None:
+        self.seconds = 60 * minutes
+        self.path = ""
+        self._saved_at = 0.0
         self._interrupted = False
         self._previous: Any = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Settle the folder, beside the run's log."""
+        folder = trainer.log_dir or trainer.default_root_dir  # asked by every process: they agree on it together
+        self.path = os.path.join(folder, "checkpoints", "last.ckpt")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take Ctrl+C over where nobody else has; not before Lightning notes which handlers it will restore."""
+        self._saved_at = time.monotonic()
         main_thread = threading.current_thread() is threading.main_thread()
         if main_thread and getsignal(SIGINT) is default_int_handler:
             self._previous = signal(SIGINT, self._on_interrupt)
@@ -136,23 +142,36 @@ class SaveWhenAskedToStop(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Pass Ctrl+C on as if it were SIGTERM: Lightning then leaves its loop where a run can be resumed."""
-        if self._interrupted:
+        """Save when the interval is over; pass Ctrl+C on as if it were SIGTERM."""
+        if self._interrupted:  # Lightning then leaves its loop where a run can be resumed
             trainer._signal_connector.received_sigterm = True
+        elif self._is_due(trainer):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the finished epoch."""
+        self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where the run was asked to stop; after any other exception the state may be torn."""
         self._release()
-        if isinstance(exception, SIGTERMException) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            first = trainer.checkpoint_callback
-            if isinstance(first, ModelCheckpoint) and first.dirpath:
-                path = os.path.join(first.dirpath, "last.ckpt")
-                trainer.save_checkpoint(path)
-                rank_zero_info(f"asked to stop: saved {path}; go on with --ckpt_path {path}")
+        if isinstance(exception, SIGTERMException):
+            self._save(trainer)
+            rank_zero_info(f"asked to stop: saved {self.path}; go on with --ckpt_path {self.path}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give Ctrl+C back."""
         self._release()
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        """Whether the interval is over: on several processes for any of them, since all save together."""
+        due = time.monotonic() - self._saved_at > self.seconds
+        return due if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(due, all=False)
+
+    def _save(self, trainer: Trainer) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(self.path)
+            self._saved_at = time.monotonic()
 
     def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
         if self._interrupted:

@@ -24,6 +24,7 @@ from zoo.running.nonfinite import StopOnNonFiniteLoss
 from zoo.running.optimizing import LinearScaling
 from zoo.running.parser import NO_VALUE, RecipeParser, reason
 from zoo.running.predictions import WritePredictions
+from zoo.running.profiling import NoProfiler
 from zoo.running.progress import EpochLines
 from zoo.running.provenance import Provenance
 from zoo.running.resume import ExactResume
@@ -167,6 +168,7 @@ class RecipeCLI(LightningCLI):
             plugins = [*plugins, SafeCheckpointIO()]
         config["plugins"] = plugins
         config["logger"] = self._loggers(config.get("logger"))
+        config["profiler"] = config.get("profiler") or NoProfiler()
         config["callbacks"] = [*given, *(c for c in self._callbacks(config) if not _configured(c, given))]
         try:
             with refusing():
