@@ -141,6 +141,8 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     header = dict(content.get("zoo") or {})
     header |= {key: content[key] for key in ("recipe", "metrics") if key in content}
     state = content.get("state_dict", content.get("model", content))
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__} where its tensors should be: use another file")
     state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
     if not state:
         raise ValueError(f"{path} holds no tensors: expected a Lightning checkpoint or a state dict")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import re
 import threading
 import time
 from pathlib import Path
@@ -85,14 +86,15 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "nsupported" in line or "GLOBAL" in line), "")
+        named = re.search(r"(?:GLOBAL|[Uu]nsupported (?:global|class))[^.]*?([\w.]+\.\w+)", str(error))
+        if named is None:
+            raise ValueError(f"{path} is no checkpoint: use another file") from error
         raise ValueError(
-            f"{path} is refused: it holds more than tensors and plain values, and loading that could run code "
-            f"({reason.strip()[:160]}). Ask its author for a .safetensors file"
+            f"{path} is refused: it holds more than tensors and plain values ({named[1]}), and loading that could run "
+            "code. Ask its author for a .safetensors file"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is truncated or no checkpoint ({reason}): use another one") from error
+        raise ValueError(f"{path} is truncated or no checkpoint: use another file") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a checkpoint or a state dict")
     return content
