@@ -1,5 +1,6 @@
 """Labelled images of one size that fit in memory: uint8 tensors, batches by index, whole-batch work on the device."""
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ class InMemoryDataModule(LightningDataModule):
         self.train_set: tuple[Tensor, Tensor] | None = None
         self.val_set: tuple[Tensor, Tensor] | None = None
         self.test_set: tuple[Tensor, Tensor] | None = None
+        self._split = ""
 
     def read(self, train: bool) -> tuple[Tensor, Tensor]:
         """Read the training or the test images, uint8 (N, C, H, W), and their labels, int64 (N,)."""
@@ -70,6 +72,7 @@ class InMemoryDataModule(LightningDataModule):
             held_out, kept = order[: self.val_size].sort().values, order[self.val_size :].sort().values
             self.val_set = images[held_out], labels[held_out]
             self.train_set = images[kept], labels[kept]
+            self._split = hashlib.sha256(kept.numpy().tobytes()).hexdigest()[:16]
         if stage in ("test", "predict") and self.test_set is None:
             self.test_set = self.read(train=False)
 
@@ -87,6 +90,7 @@ class InMemoryDataModule(LightningDataModule):
             rank=0 if self.trainer is None else self.trainer.global_rank,
             world_size=1 if self.trainer is None else self.trainer.world_size,
             device=tensors[1].device,
+            split=self._split,
         )
         return TensorLoader(tensors, batches)
 

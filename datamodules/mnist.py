@@ -132,8 +132,11 @@ FASHION_MNIST_MD5 = {
 def _root(root: str | None, folder: str) -> Path:
     if root is not None:
         return Path(root).expanduser()
-    shared = Path(os.environ.get("ZOO_DATA") or os.devnull) / folder
-    return shared if shared.is_dir() else Path("data")
+    if "ZOO_DATA" in os.environ:
+        shared = Path(os.environ["ZOO_DATA"]) / folder
+        if shared.is_dir():
+            return shared
+    return Path("data")
 
 
 def find_idx(root: Path, data_set: str, name: str) -> Path | None:

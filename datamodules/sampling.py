@@ -31,6 +31,7 @@ class TrainingBatches:
         rank: This process, in ``[0, world_size)``.
         world_size: Number of processes.
         device: Where the index batches are wanted: the device that holds the data.
+        split: A fingerprint of which samples these are, so that training is not resumed on others; any text.
 
     Raises:
         ValueError: ``batch_size`` is not a positive multiple of ``world_size``, or there are fewer samples than
@@ -46,6 +47,7 @@ class TrainingBatches:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        split: str = "",
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             nearest = max(1, round(batch_size / world_size)) * world_size
@@ -62,6 +64,7 @@ class TrainingBatches:
         self.rank = rank
         self.world_size = world_size
         self.device = device
+        self.split = split
         self.epoch = -1
         self.next_batch = 0
         self._resume_at: tuple[int, int] | None = None  # (epoch, batch) of a restored place
@@ -101,22 +104,28 @@ class TrainingBatches:
         start = self._start(batch)
         return self._order(self.epoch)[start : start + self.batch_size // self.world_size].tolist()
 
-    def state_dict(self) -> dict[str, int]:
-        """The place in the order, as plain numbers."""
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the order, as plain values."""
         return {
             "seed": self.seed,
             "epoch": self.epoch,
             "next_batch": self.next_batch,
             "size": self.size,
             "batch_size": self.batch_size,
+            "split": self.split,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved place.
 
         Raises:
-            ValueError: The place is in the middle of an epoch of other data or another global batch.
+            ValueError: The samples are others, or the place is in the middle of an epoch of another global batch.
         """
+        if state.get("split", self.split) != self.split:
+            raise ValueError(
+                "the checkpoint was trained on other samples: with another split_seed or val_size its validation "
+                "samples would be trained on. Resume with the same data, or start anew with --model.init_args.weights"
+            )
         mid_epoch = 0 < state["next_batch"] < state["size"] // state["batch_size"]
         for name, now in (("size", self.size), ("batch_size", self.batch_size)):
             if mid_epoch and state[name] != now:

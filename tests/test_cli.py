@@ -105,12 +105,12 @@ def test_a_checkpoint_remembers_its_recipe_classes_and_metrics():
     assert 0 < content["metrics"]["val/accuracy"] < 1
 
 
-def test_best_and_last_are_those_of_the_newest_run(capsys):
+def test_best_and_last_are_those_of_the_newest_run(caplog):
     for _ in range(2):
         assert main(["fit", "lenet/embedded", "--trainer.max_epochs", "1", *SMALL]) == 0
-    capsys.readouterr()
+    caplog.set_level("INFO")
     assert main(["test", "lenet/embedded", "--ckpt_path", "best", *SMALL]) == 0
-    assert "version_1/checkpoints/best.ckpt, step 19" in capsys.readouterr().out
+    assert "version_1/checkpoints/best.ckpt, step 19" in caplog.text
 
 
 def test_resuming_says_what_the_checkpoint_decides(caplog):

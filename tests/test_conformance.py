@@ -45,6 +45,10 @@ def folder_of(name: str) -> str:
     return zoo.ARCHITECTURES[name].removeprefix("zoo.")
 
 
+def task_of(name: str) -> str:
+    return next(row["task"] for row in recipes.table() if row["architecture"] == name)
+
+
 def build(name: str, *overrides: str) -> tuple[LightningModule, LightningDataModule]:
     """A fresh model and data of the embedded recipe, as the command line makes them."""
     nothing = ["--trainer.limit_train_batches", "0", "--trainer.limit_val_batches", "0", "--trainer.logger", "false"]
@@ -150,7 +154,7 @@ def test_it_starts_at_the_loss_of_chance_and_overfits_one_batch(name):
     losses = Losses()
     model, data = build(name, "--data.init_args.batch_size", "16")
     fit(model, data, [losses], max_steps=50, max_epochs=-1, overfit_batches=1, limit_val_batches=0)
-    if recipes.table()[0]["task"] == "classification":
+    if task_of(name) == "classification":
         assert losses.values[0] == pytest.approx(math.log(model.hparams.num_classes), rel=0.1)
     assert min(losses.values[-5:]) < 0.1 * losses.values[0]
 
@@ -241,6 +245,8 @@ def test_fine_tuning_to_another_number_of_classes_replaces_the_head_and_only_the
     assert all(torch.equal(a, b) for a, b in zip(
         started.backbone.state_dict().values(), model.backbone.state_dict().values(), strict=True))  # fmt: skip
     assert any(classes in value.shape for value in started.head.state_dict().values())
+    again = type(model)(**arguments, weights=str(path))
+    assert same_weights(again, model), "the head of as many classes is kept"
 
 
 @EVERY

@@ -233,7 +233,7 @@ def _finish(cli: "RecipeCLI") -> "RecipeCLI":
     try:
         cli.run()
     except SIGTERMException:
-        sys.exit(143)
+        sys.exit(128 + cli.asked_to_stop_by())
     return cli
 
 
@@ -301,10 +301,6 @@ def _resolve_checkpoint(command: str, recipe: str, overrides: list[str]) -> list
             return overrides[: place - 1] + overrides[place + 1 :]
         if found is None:
             raise RecipeError(f"there is no run with a {asked}.ckpt under runs/{recipe}: run `zoo fit {recipe}` first")
-        import torch
-
-        step = torch.load(found, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-        print(f"--ckpt_path {asked}: {found}, step {step}")
         overrides[place] = str(found)
     return overrides
 
@@ -322,7 +318,7 @@ def _reproduce(arguments: list[str]) -> int:
         _prepare_with_claims(name, overrides)  # a mistake in the last one shall not cost the first one's training
     runs = [_reproduce_one(name, overrides) for name in chosen.recipes]
     results = [result for run in runs for result in run.results]
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if runs[-1].writes:
         from zoo.running.report import write_report
 
         path = (chosen.out or runs[-1].folder) / "report.html"
@@ -356,7 +352,7 @@ def _reproduce_one(recipe: str, overrides: list[str]) -> "Run":
     results = hold_against(recipe, cli.config["fit"]["expect"], metrics)
     folder = Path(trainer.log_dir or ".")
     parameters = sum(p.numel() for p in cli.model.parameters())
-    return Run(recipe, type(cli.model).__name__, command, results, folder, seconds, parameters)
+    return Run(recipe, type(cli.model).__name__, command, results, folder, seconds, parameters, trainer.is_global_zero)
 
 
 def _print_results(results: list["Result"]) -> None:

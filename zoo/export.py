@@ -1,15 +1,14 @@
 """Export of a trained model: safetensors, ONNX or torch.export, each checked against the model that it came from."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal, cast
-from uuid import uuid4
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from zoo.running.checkpoint import replacing
 from zoo.weights import describe, load, read_weights, save
 
 Format = Literal["safetensors", "onnx", "pt2"]
@@ -46,7 +45,7 @@ def export(checkpoint: Path, file_format: Format, out: Path | None = None, licen
 
     Raises:
         ImportError: The format's library is not installed.
-        RuntimeError: The exported model gives other outputs than the model.
+        ValueError: The exported model gives other outputs than the model.
     """
     module = load(checkpoint)
     out = out or checkpoint.with_suffix(SUFFIXES[file_format])
@@ -54,18 +53,13 @@ def export(checkpoint: Path, file_format: Format, out: Path | None = None, licen
         _, header = read_weights(checkpoint)
         save(module, out, header.get("recipe", ""), header.get("metrics"), licence or header.get("licence", ""))
         return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{uuid4().hex}{out.suffix}"
     # Two images: torch.export takes a size of one for a constant.
     shape = cast(Tensor, module.example_input_array).shape[1:]
     example = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
-    try:
+    with replacing(out) as partial:
         difference = (_write_onnx if file_format == "onnx" else _write_pt2)(module, example, partial)
         if not difference <= TOLERANCE:
-            raise RuntimeError(f"the exported model's outputs differ by {difference:.1e}, more than {TOLERANCE:.0e}")
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+            raise ValueError(f"the exported model's outputs differ by {difference:.1e}, more than {TOLERANCE:.0e}")
     return out
 
 

@@ -9,7 +9,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from lightning import LightningModule
@@ -17,9 +16,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 import zoo
-from zoo.running.checkpoint import read_checkpoint
+from zoo.running.checkpoint import read_checkpoint, replacing
 
 FORMAT = "1"
+NOT_SAVED = ("optimizer", "scheduler", "weights", "keep_matching_classes")  # arguments of a run, not of the network
 
 
 @dataclass
@@ -43,10 +43,10 @@ class Transfer:
 
 def describe(module: LightningModule) -> dict[str, Any]:
     """What rebuilds a module: its public class path and plain constructor arguments, and its classes' names."""
-    arguments = {key: value for key, value in dict(module.hparams).items() if not key.startswith("_")}
+    hparams = dict(module.hparams).items()
     return {
         "class_path": f"zoo.{type(module).__name__}",
-        "arguments": {key: value for key, value in arguments.items() if key not in ("optimizer", "scheduler")},
+        "arguments": {key: value for key, value in hparams if key not in NOT_SAVED and not key.startswith("_")},
         "class_names": list(getattr(module, "class_names", [])),
     }
 
@@ -74,9 +74,11 @@ def load(path: str | os.PathLike) -> LightningModule:
             "For a bare state dict build the model yourself: zoo.LeNet(weights=path)"
         )
     try:
-        module: LightningModule = getattr(zoo, name)(**header["arguments"])
+        # Of the arguments only those that shape the network: a file must not make us fetch another one.
+        arguments = {key: value for key, value in header["arguments"].items() if key not in NOT_SAVED}
+        module: LightningModule = getattr(zoo, name)(**arguments)
         module.load_state_dict(state)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} does not fit zoo.{name}: {error}") from error
     return module.eval()
 
@@ -109,16 +111,10 @@ def save(
         "metrics": json.dumps(metrics or {}),
         "licence": licence,
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.{uuid4().hex}.partial"
-    try:
-        # Clones: safetensors refuses tensors that share memory, and wants them contiguous.
-        save_file({k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in module.state_dict().items()},
-                  partial, metadata=header)  # fmt: skip
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # Clones: safetensors refuses tensors that share memory, and wants them contiguous.
+    state = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in module.state_dict().items()}
+    with replacing(Path(path)) as partial:
+        save_file(state, partial, metadata=header)
 
 
 def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:

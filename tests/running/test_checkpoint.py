@@ -82,7 +82,7 @@ def test_a_full_disk_keeps_the_last_good_file_and_leaves_nothing(tmp_path, monke
     write_atomically(path, {"step": 1})
 
     def half(content, file):
-        file.write(b"half of it")
+        Path(file).write_bytes(b"half of it")
         raise failure
 
     monkeypatch.setattr(torch, "save", half)
@@ -135,13 +135,13 @@ class NeverBetter(BoringModel):
         self.log("val/accuracy", 1.0 - self.current_epoch / 10)
 
 
-def fit(folder, epochs, callbacks=(), ckpt_path=None, minutes=10.0, **options):
+def fit(folder, epochs, callbacks=(), ckpt_path=None, minutes=10.0, limit_val_batches=1, **options):
     seed_everything(0, verbose=False)
     trainer = Trainer(
         default_root_dir=folder,
         max_epochs=epochs,
         limit_train_batches=4,
-        limit_val_batches=1,
+        limit_val_batches=limit_val_batches,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -226,3 +226,35 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
         fit(tmp_path, 3, [Send(signal.SIGINT, times=2)])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored after an interrupt
     assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 4
+
+
+def test_the_best_is_remembered_in_the_folder_of_a_resumed_run(tmp_path):
+    fit(tmp_path / "first", 2)
+    trainer = fit(tmp_path / "second", 4, ckpt_path=tmp_path / "first" / "checkpoints" / "last.ckpt")
+    assert trainer.checkpoint_callback.best_model_score == 1.0
+    assert trainer.checkpoint_callback.best_model_path == str(tmp_path / "first" / "checkpoints" / "best.ckpt")
+    assert [p.name for p in (tmp_path / "second" / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert (tmp_path / "first" / "checkpoints" / "best.ckpt").is_file()
+
+
+class InValidation(Callback):
+    """Sends SIGTERM while the second epoch is validated."""
+
+    finished = False
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if trainer.current_epoch == 1 and not trainer.sanity_checking:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    def on_validation_end(self, trainer, pl_module):
+        self.finished = self.finished or trainer.current_epoch == 1
+
+
+def test_asked_to_stop_in_validation_the_validation_is_finished_first(tmp_path):
+    look = InValidation()
+    with pytest.raises(SystemExit):
+        fit(tmp_path, 3, [look], limit_val_batches=3)
+    assert look.finished
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 8
+    assert fit(tmp_path, 3, ckpt_path=tmp_path / "checkpoints" / "last.ckpt").global_step == 12

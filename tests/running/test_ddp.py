@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,24 @@ def test_the_command_runs_on_two_processes(tmp_path):
     content = read_checkpoint(tmp_path / "runs/lenet/embedded/version_0/checkpoints/last.ckpt")
     assert content["global_step"] == 1257 // 64
     assert len(content["random_states"]) == 2
+
+
+@pytest.mark.parametrize("everyone", [True, False])
+def test_two_processes_asked_to_stop_save_once_and_end(tmp_path, everyone):
+    """SIGTERM to the whole group, as a cluster sends it, and to one process alone."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "zoo", "fit", "lenet/embedded", "--config", "ddp2", "--trainer.max_epochs", "500"]
+    command += ["--data.init_args.image_size", "8", "--model.init_args.image_size", "8"]
+    process = subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    path = tmp_path / "runs/lenet/embedded/version_0/checkpoints/last.ckpt"
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM) if everyone else process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, output
+    assert output.count("asked to stop: saved") == 1
+    assert len(read_checkpoint(path)["random_states"]) == 2

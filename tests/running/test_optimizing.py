@@ -101,3 +101,45 @@ def test_k_processes_get_k_times_the_rate_and_batch():
     assert rates(model.scheduler(optimizer, 1000), optimizer, 12) == pytest.approx(
         [0.04 * t for t in range(10)] + [0.4, 0.4]
     )
+
+
+@pytest.mark.parametrize("name", ["StepLR", "ExponentialLR", "OneCycleLR"])
+def test_a_schedule_that_takes_the_number_of_steps_for_something_else_is_refused(name):
+    kind = getattr(torch.optim.lr_scheduler, name)
+    more = {"total_steps": 9} if name == "OneCycleLR" else {}
+    model = LeNet(scheduler=lambda optimizer, steps: kind(optimizer, steps, **more))
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(ValueError, match=f"{name} takes"):
+        trainer.fit(model, loader())
+
+
+def test_a_schedule_with_numbers_of_its_own_is_taken():
+    model = LeNet(scheduler=lambda optimizer, steps: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(model, loader())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 / 16)
+
+
+def test_fused_and_clipping_under_mixed_precision_is_refused_with_the_way_out():
+    trainer = Trainer(
+        max_epochs=1,
+        precision="bf16-mixed",
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    with pytest.raises(ValueError, match="fused false"):
+        trainer.fit(LeNet(), loader())
+
+
+def test_scaling_leaves_the_model_as_it_was():
+    class World:
+        world_size = 2
+        datamodule = type("Data", (), {"batch_size": 64})()
+
+    model, scaling = LeNet(), LinearScaling()
+    build, schedule = model.optimizer, model.scheduler
+    scaling.setup(World, model, "fit")
+    scaling.teardown(World, model, "fit")
+    assert (model.optimizer, model.scheduler, World.datamodule.batch_size) == (build, schedule, 64)

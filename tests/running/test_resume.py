@@ -130,3 +130,19 @@ def test_random_numbers_of_another_world_size_are_left_alone_with_a_warning():
     with pytest.warns(UserWarning, match="written by 1 processes and is resumed by 3"):
         callback.on_train_start(World, model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_resuming_on_another_split_is_refused_and_another_length_is_said(tmp_path):
+    def fit(ckpt_path=None, split_seed=0, **more):
+        seed_everything(0, verbose=False)
+        trainer = Trainer(callbacks=[ExactResume()], plugins=[SafeCheckpointIO()], **options(**more))
+        model = LeNet(image_size=8, scheduler=torch.optim.lr_scheduler.CosineAnnealingLR)
+        data = datamodules.DigitsDataModule(image_size=8, batch_size=256, split_seed=split_seed)
+        trainer.fit(model, data, ckpt_path=ckpt_path)
+        return trainer
+
+    fit(max_epochs=1, enable_checkpointing=False).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="trained on other samples"):
+        fit(tmp_path / "a.ckpt", split_seed=1, max_epochs=2, enable_checkpointing=False)
+    with pytest.warns(UserWarning, match="planned for 4 steps, this one for 8"):
+        fit(tmp_path / "a.ckpt", max_epochs=2, enable_checkpointing=False)

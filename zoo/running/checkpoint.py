@@ -1,13 +1,15 @@
 """Checkpoints that a crash cannot destroy and that cannot run code."""
 
 import contextlib
+import math
 import os
 import pickle
 import re
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from signal import SIGINT, default_int_handler, getsignal, signal
+from signal import Signals, default_int_handler, getsignal, signal
 from types import FrameType
 from typing import Any
 from uuid import uuid4
@@ -48,23 +50,25 @@ class SafeCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path)
 
 
-def write_atomically(path: Path, content: Any) -> None:
-    """``torch.save`` to a file beside ``path``, flush, rename; remove what killed processes left of the same name.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to, which then takes its place: complete and on disk, or not at all.
+
+    What killed processes left of the same name is removed first.
 
     Raises:
-        OSError: The file cannot be written; it names ``path``, and the file there is as it was.
+        OSError: The file cannot be written (disk full, quota, permission); ``path`` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*.partial"):
+    for stale in path.parent.glob(f".{path.name}.*.partial*"):
         stale.unlink(missing_ok=True)
-    partial = path.parent / f".{path.name}.{uuid4().hex}.partial"
+    partial = path.parent / f".{path.name}.{uuid4().hex}.partial{path.suffix}"  # some writers want the suffix
     try:
-        with open(partial, "wb") as file:
-            torch.save(content, file)
-            file.flush()
+        yield partial
+        with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except OSError as error:
         raise OSError(f"{path} could not be written ({error}); what was there before is untouched") from error
     finally:
         partial.unlink(missing_ok=True)
@@ -72,6 +76,19 @@ def write_atomically(path: Path, content: Any) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def write_atomically(path: Path, content: Any) -> None:
+    """``torch.save`` through :func:`replacing`.
+
+    Raises:
+        OSError: The file cannot be written; the file there is as it was.
+    """
+    with replacing(path) as partial:
+        try:
+            torch.save(content, partial)
+        except RuntimeError as error:  # so torch reports a full disk
+            raise OSError(str(error)) from error
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -108,15 +125,23 @@ def checkpoint_callbacks(monitor: str | None, mode: str, minutes: float = 10.0) 
     keep_last = KeepLast(minutes)
     if monitor is None:
         return [keep_last]
-    return [ModelCheckpoint(monitor=monitor, mode=mode, filename="best", enable_version_counter=False), keep_last]
+    return [KeepBest(monitor=monitor, mode=mode, filename="best", enable_version_counter=False), keep_last]
+
+
+class KeepBest(ModelCheckpoint):
+    """ModelCheckpoint that remembers, in the folder of a resumed run, what was best in the folder before."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best score; Lightning forgets it where the folder has another name."""
+        super().load_state_dict(state_dict | {"dirpath": self.dirpath})
 
 
 class KeepLast(Checkpoint):
     """Keeps ``checkpoints/last.ckpt``: the newest state, whatever the metric says.
 
     It is written after every epoch, every so many minutes within one, and when the run is asked to stop: on SIGTERM,
-    and on the first Ctrl+C, the batch is finished, the state saved and the run ended. A second Ctrl+C ends it at once;
-    ``last.ckpt`` is then that of the last epoch or interval.
+    and on the first Ctrl+C, of any process. The batch, and a validation that is due, are finished, the state saved and
+    the run ended. A second Ctrl+C ends it at once; ``last.ckpt`` is then that of the last epoch or interval.
 
     Args:
         minutes: How old the file may become within an epoch.
@@ -125,9 +150,9 @@ class KeepLast(Checkpoint):
     def __init__(self, minutes: float = 10.0) -> None:
         self.seconds = 60 * minutes
         self.path = ""
+        self.asked_by: int | None = None  # the signal
         self._saved_at = 0.0
-        self._interrupted = False
-        self._previous: Any = None
+        self._previous: dict[Signals, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle the folder, beside the run's log."""
@@ -135,24 +160,35 @@ class KeepLast(Checkpoint):
         self.path = os.path.join(folder, "checkpoints", "last.ckpt")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take Ctrl+C over where nobody else has; not before Lightning notes which handlers it will restore."""
+        """Take the signals over, after Lightning noted which handlers it will restore.
+
+        Lightning's own SIGTERM handler talks to the other processes at whatever moment the signal comes, and waits for
+        ever where they are in the middle of something else.
+        """
+        self.asked_by = None
         self._saved_at = time.monotonic()
-        main_thread = threading.current_thread() is threading.main_thread()
-        if main_thread and getsignal(SIGINT) is default_int_handler:
-            self._previous = signal(SIGINT, self._on_interrupt)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._previous = {Signals.SIGTERM: signal(Signals.SIGTERM, self._on_signal)}
+        if getsignal(Signals.SIGINT) is default_int_handler:
+            self._previous[Signals.SIGINT] = signal(Signals.SIGINT, self._on_signal)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when the interval is over; pass Ctrl+C on as if it were SIGTERM."""
-        if self._interrupted:  # Lightning then leaves its loop where a run can be resumed
-            trainer._signal_connector.received_sigterm = True
-        elif self._is_due(trainer):
+        """Save when the interval is over, stop when asked to; not before a validation, which would be lost."""
+        if self._validation_follows(trainer, batch_idx):
+            return
+        if self._any(trainer, self.asked_by is not None or trainer.received_sigterm):
+            trainer._signal_connector.received_sigterm = True  # Lightning then leaves its loop where it can be resumed
+        elif self._any(trainer, time.monotonic() - self._saved_at > self.seconds):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the finished epoch."""
+        """Save the finished epoch; stop when asked to."""
         self._save(trainer)
+        if self._any(trainer, self.asked_by is not None):
+            trainer._signal_connector.received_sigterm = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where the run was asked to stop; after any other exception the state may be torn."""
@@ -162,26 +198,32 @@ class KeepLast(Checkpoint):
             rank_zero_info(f"asked to stop: saved {self.path}; go on with --ckpt_path {self.path}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give Ctrl+C back."""
+        """Give the signals back."""
         self._release()
-
-    def _is_due(self, trainer: Trainer) -> bool:
-        """Whether the interval is over: on several processes for any of them, since all save together."""
-        due = time.monotonic() - self._saved_at > self.seconds
-        return due if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(due, all=False)
 
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.path)
             self._saved_at = time.monotonic()
 
-    def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
-        if self._interrupted:
+    @staticmethod
+    def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
+        every = trainer.val_check_batch
+        due = trainer.is_last_batch or bool(every and every != math.inf and (batch_idx + 1) % int(every) == 0)
+        return due and trainer.enable_validation
+
+    @staticmethod
+    def _any(trainer: Trainer, decision: bool) -> bool:
+        """Whether any process says so: signals and clocks differ, and all must stop or save together."""
+        return decision if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(decision, all=False)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked_by is not None and number == Signals.SIGINT:
             raise KeyboardInterrupt
-        self._interrupted = True
-        rank_zero_info("\nCtrl+C: saving after this batch; press again to stop at once")
+        self.asked_by = number
+        rank_zero_info(f"\n{Signals(number).name}: saving after this batch; Ctrl+C once more stops at once")
 
     def _release(self) -> None:
-        if self._previous is not None:
-            signal(SIGINT, self._previous)
-            self._previous = None
+        for number, handler in self._previous.items():
+            signal(number, handler)
+        self._previous = {}

@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import signal
 import sys
 from contextlib import suppress
 from importlib import import_module
@@ -19,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from zoo import recipes
 from zoo.recipes import RecipeError, refusing
-from zoo.running.checkpoint import SafeCheckpointIO, checkpoint_callbacks, read_checkpoint
+from zoo.running.checkpoint import KeepLast, SafeCheckpointIO, checkpoint_callbacks, read_checkpoint
 from zoo.running.nonfinite import StopOnNonFiniteLoss
 from zoo.running.optimizing import LinearScaling
 from zoo.running.parser import NO_VALUE, RecipeParser, reason
@@ -111,10 +112,13 @@ class RecipeCLI(LightningCLI):
             return
         with refusing():
             content = read_checkpoint(path)
+        rank_zero_info(f"--ckpt_path: {path}, step {content.get('global_step')}")
         described = content.get("zoo")
+        asked = self.config[subcommand].model
+        if not described and not asked.class_path.startswith("zoo."):
+            return  # somebody else's module, which is built as its recipe says
         if not described:
             raise RecipeError(f"{path} holds no model of the zoo: start from it with --model.init_args.weights {path}")
-        asked = self.config[subcommand].model
         arguments = {k: v for k, v in described["arguments"].items() if k not in LINKED}
         if asked.class_path.rsplit(".", 1)[-1] != described["class_path"].rsplit(".", 1)[-1]:
             raise RecipeError(f"{path} holds a {described['class_path']}, the recipe says {asked.class_path}")
@@ -156,6 +160,11 @@ class RecipeCLI(LightningCLI):
                 os.removedirs(folder)  # with what is empty above it
             with refusing():
                 raise
+
+    def asked_to_stop_by(self) -> int:
+        """The signal that ended the run."""
+        keepers = [c for c in self.trainer.callbacks if isinstance(c, KeepLast)]  # type: ignore[attr-defined]
+        return next((keeper.asked_by for keeper in keepers if keeper.asked_by), signal.SIGTERM)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The recipe's Trainer with the callbacks of every run."""

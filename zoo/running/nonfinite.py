@@ -34,7 +34,7 @@ class StopOnNonFiniteLoss(Callback):
             self._first_bad = torch.tensor(-1, device=loss.device)
         bad = (self._first_bad < 0) & ~torch.isfinite(loss.detach())
         self._first_bad = torch.where(bad, batch, self._first_bad)
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if trainer.global_step % (trainer.log_every_n_steps or 50) == 0:  # type: ignore[attr-defined]
             self._look(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,10 +1,12 @@
 """Optimizer and schedule from a recipe, in steps, and the linear scaling rule for several processes."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
@@ -12,6 +14,7 @@ from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR
 
 # (optimizer, number of optimizer steps in the run) -> schedule, stepped once per optimizer step
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
+LENGTHS = ("T_max", "T_0", "total_iters", "total_steps")  # names of arguments that are a number of steps
 
 
 def configure_optimizers(
@@ -19,10 +22,33 @@ def configure_optimizers(
 ) -> OptimizerLRScheduler:
     """Build a module's optimizer over its trainable parameters, and its schedule over the run's steps."""
     built = optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
+    trainer = module.trainer
+    mixed = isinstance(trainer.precision_plugin, MixedPrecision)
+    if mixed and trainer.gradient_clip_val and getattr(built, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            f"{type(built).__name__} with fused: true cannot clip gradients under mixed precision: set "
+            "--model.init_args.optimizer.init_args.fused false"
+        )
     if scheduler is None:
         return built
-    schedule = scheduler(built, int(module.trainer.estimated_stepping_batches))
+    steps = int(trainer.estimated_stepping_batches)
+    schedule = scheduler(built, steps)
+    _refuse_other_numbers(schedule, steps)
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _refuse_other_numbers(schedule: LRScheduler, steps: int) -> None:
+    """Refuse a schedule that took the run's number of steps for something else.
+
+    A recipe that names a class gets the number as the class's second argument, whatever that means to the class.
+    """
+    second = list(inspect.signature(type(schedule).__init__).parameters)[2]
+    taken = [getattr(schedule, second, None), *(group.get(second) for group in schedule.optimizer.param_groups)]
+    if second not in LENGTHS and steps in taken:
+        raise ValueError(
+            f"{type(schedule).__name__} takes {second} where a schedule of a recipe gets the run's number of steps: "
+            "use CosineAnnealingLR or PolynomialLR, or a function of your own (optimizer, steps) -> schedule"
+        )
 
 
 class LinearScaling(Callback):
@@ -42,6 +68,7 @@ class LinearScaling(Callback):
 
     def __init__(self, warmup_steps: int = 5000) -> None:
         self.warmup_steps = warmup_steps
+        self._undo: list[tuple[Any, str, Any]] = []  # (object, attribute, value before)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wrap the module's optimizer and schedule before Lightning asks for them."""
@@ -53,7 +80,9 @@ class LinearScaling(Callback):
         if not callable(build):
             raise ValueError(f"linear scaling needs a module with an `optimizer` callable, {type(pl_module)} has none")
         data: Any = getattr(trainer, "datamodule", None)
+        self._undo = [(pl_module, "optimizer", build), (pl_module, "scheduler", schedule)]
         if hasattr(data, "batch_size"):
+            self._undo.append((data, "batch_size", data.batch_size))
             data.batch_size *= factor
 
         def scaled(parameters: list) -> Optimizer:
@@ -70,6 +99,12 @@ class LinearScaling(Callback):
         # Through Any: to a type checker every attribute of a module may be a tensor.
         changed: Any = pl_module
         changed.optimizer, changed.scheduler = scaled, warmed_up
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave everything as it was, for another fit."""
+        for owner, name, value in self._undo:
+            setattr(owner, name, value)
+        self._undo = []
 
 
 def warm_up(optimizer: Optimizer, steps: int, warmup_steps: int, scheduler: SchedulerCallable | None) -> LRScheduler:

@@ -25,17 +25,19 @@ def log_picture(module: LightningModule, name: str, figure: "Figure") -> None:
         figure: What to show.
     """
     trainer = module.trainer
-    if trainer.fast_dev_run or trainer.sanity_checking:  # type: ignore[attr-defined]
+    if trainer.fast_dev_run or trainer.sanity_checking or not trainer.loggers:  # type: ignore[attr-defined]
         return
-    pixels = np.asarray(Image.open(io.BytesIO(to_png(figure))).convert("RGB"))  # (H, W, 3)
+    png = to_png(figure)
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))  # (H, W, 3)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(name, pixels, module.global_step, dataformats="HWC")
         elif isinstance(logger, WandbLogger):
             logger.log_image(name, [pixels], step=module.global_step)
-    folders = [logger.log_dir for logger in trainer.loggers if isinstance(logger, CSVLogger)]
-    if folders:
-        write_png(figure, Path(folders[0]) / "pictures" / f"{name.replace('/', '_')}.png")
+        elif isinstance(logger, CSVLogger):
+            path = Path(logger.log_dir) / "pictures" / f"{name.replace('/', '_')}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png)
 
 
 def write_png(figure: "Figure", path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zoo.running.checkpoint import replacing
 from zoo.running.pictures import to_png
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Run:
     folder: Path  # metrics.csv, config.yaml, pictures/ and predictions.png
     training_seconds: float
     parameters: int
+    writes: bool = True  # whether this process is the one that writes the report
 
 
 def hold_against(recipe: str, expect: list[dict[str, Any]], metrics: dict[str, float]) -> list[Result]:
@@ -93,10 +95,8 @@ def write_report(path: Path, runs: list[Run]) -> None:
         sections=sections,
         environment=_definitions(environment()),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(page, encoding="utf-8")
 
 
 def environment() -> dict[str, str]:

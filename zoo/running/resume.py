@@ -21,6 +21,7 @@ class ExactResume(Callback):
     def __init__(self) -> None:
         self._states: list[dict[str, Any]] | None = None
         self._gradients: dict[str, Tensor] = {}
+        self._planned_steps: int | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gather the states of all processes: rank 0 alone writes the file."""
@@ -29,6 +30,7 @@ class ExactResume(Callback):
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, _random_state(pl_module.device))
         checkpoint["random_states"] = states
+        checkpoint["planned_steps"] = int(trainer.estimated_stepping_batches)
         if trainer.fit_loop._should_accumulate() and trainer.world_size == 1:
             gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
             checkpoint["gradients"] = gradients  # of the batches since the last optimizer step
@@ -37,6 +39,7 @@ class ExactResume(Callback):
         """Keep the states until training starts: building the loaders may draw random numbers."""
         self._states = checkpoint.get("random_states")
         self._gradients = checkpoint.get("gradients", {})
+        self._planned_steps = checkpoint.get("planned_steps")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the place in the data and the random state where the checkpoint had them."""
@@ -52,8 +55,17 @@ class ExactResume(Callback):
             if name in self._gradients:
                 parameter.grad = self._gradients[name].to(parameter.device)
         self._gradients = {}
+        planned, self._planned_steps = self._planned_steps, None
+        if planned is not None and planned != int(trainer.estimated_stepping_batches) and trainer.lr_scheduler_configs:
+            rank_zero_warn(
+                f"the resumed run was planned for {planned} steps, this one for {trainer.estimated_stepping_batches}: "
+                "its learning-rate schedule goes on as it was made, for the first number. For another length start "
+                "anew from the checkpoint with --model.init_args.weights"
+            )
         states, self._states = self._states, None
         if states is None:
+            if trainer.global_rank:  # else all processes would augment and drop out alike; rank 0 stays as it is alone
+                torch.manual_seed(torch.initial_seed() + trainer.global_rank)
             return
         if len(states) != trainer.world_size:
             rank_zero_warn(
@@ -72,6 +84,7 @@ def _random_state(device: torch.device) -> dict[str, Any]:
         "numpy": (name, np.asarray(keys).tolist(), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "mps": torch.mps.get_rng_state() if device.type == "mps" else None,
     }
 
 
@@ -81,3 +94,5 @@ def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
+    if state["mps"] is not None and device.type == "mps":
+        torch.mps.set_rng_state(state["mps"])

@@ -62,9 +62,9 @@ class ClassificationTask(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.label_smoothing = label_smoothing
-        self.val_loss = MeanMetric()
+        self.val_loss = MeanMetric(nan_strategy="disable")
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.test_loss = MeanMetric()
+        self.test_loss = MeanMetric(nan_strategy="disable")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_confusion = MulticlassConfusionMatrix(num_classes)
         self._mistakes: list[dict[str, Any]] = []
@@ -78,7 +78,8 @@ class ClassificationTask(LightningModule):
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.global_step + 1) % every == 0:
             accuracy = (logits.argmax(1) == labels).float().mean()
             self.log_dict({"train/loss": loss, "train/accuracy": accuracy}, prog_bar=True)
         return loss
