@@ -66,7 +66,7 @@ def export(checkpoint: Path, file_format: Format, out: Path | None = None, licen
 def _write_pt2(module: LightningModule, example: Tensor, path: Path) -> float:
     """Write with torch.export, read back, and return the largest difference of the outputs."""
     batch = torch.export.Dim("batch")
-    program = torch.export.export(_Network(module), (example,), dynamic_shapes=({0: batch},))
+    program = torch.export.export(_Network(module).eval(), (example,), dynamic_shapes=({0: batch},))
     torch.export.save(program, path, extra_files={"zoo.json": json.dumps(describe(module))})
     other = torch.cat([example, example[:1]])
     with torch.no_grad():
@@ -81,7 +81,7 @@ def _write_onnx(module: LightningModule, example: Tensor, path: Path) -> float:
     except ImportError as error:
         raise ImportError(f"ONNX export needs {error.name}: pip install 'zoo[export]'") from error
     program = torch.onnx.export(
-        _Network(module),
+        _Network(module).eval(),
         (example,),
         dynamo=True,
         verbose=False,

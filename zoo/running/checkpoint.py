@@ -105,7 +105,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL|[Uu]nsupported (?:global|class))[^.]*?([\w.]+\.\w+)", str(error))
         if named is None:
-            raise ValueError(f"{path} is no checkpoint: use another file") from error
+            raise ValueError(f"{path} is refused: it is no file of tensors and plain values") from error
         raise ValueError(
             f"{path} is refused: it holds more than tensors and plain values ({named[1]}), and loading that could run "
             "code. Ask its author for a .safetensors file"
@@ -203,7 +203,7 @@ class KeepLast(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)  # the whole state, not the weights alone
             self._saved_at = time.monotonic()
 
     @staticmethod
