@@ -262,7 +262,7 @@ def _quieten() -> None:
     # One process without worker processes is the fast way for data in memory; the loggers are chosen by the recipe.
     for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*",
                     ".*multiple `ModelCheckpoint`.*",
-                    ".*Checkpoint directory .* exists and is not empty.*", ".*dirpath.* has changed.*",
+                    ".*Checkpoint directory .* exists and is not empty.*",
                     ".*Detected pickle protocol.*"):  # fmt: skip
         warnings.filterwarnings("ignore", message)
 

@@ -143,3 +143,8 @@ def test_scaling_leaves_the_model_as_it_was():
     scaling.setup(World, model, "fit")
     scaling.teardown(World, model, "fit")
     assert (model.optimizer, model.scheduler, World.datamodule.batch_size) == (build, schedule, 64)
+
+
+def test_such_a_schedule_is_refused_behind_a_warm_up_too():
+    with pytest.raises(ValueError, match="ExponentialLR takes gamma"):
+        warm_up(sgd(1.0), 100, 10, torch.optim.lr_scheduler.ExponentialLR)

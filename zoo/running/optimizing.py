@@ -123,4 +123,5 @@ def warm_up(optimizer: Optimizer, steps: int, warmup_steps: int, scheduler: Sche
             f"linear scaling cannot scale {type(rest).__name__}, which sets a rate of its own: use another schedule "
             "(CosineAnnealingLR, say), or leave linear_scaling off and set max_lr by hand"
         )
+    _refuse_other_numbers(rest, steps - warmup_steps)
     return SequentialLR(optimizer, [rise, rest], milestones=[warmup_steps])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zoo.recipes import wrong_claim
 from zoo.running.checkpoint import replacing
 from zoo.running.pictures import to_png
 
@@ -68,14 +69,13 @@ def hold_against(recipe: str, expect: list[dict[str, Any]], metrics: dict[str, f
     """Compare a recipe's claims with measured metrics.
 
     Raises:
-        ValueError: A claim lacks its metric, its source, or exactly one of ``at_least`` and ``at_most``.
+        ValueError: A claim is incomplete, as :func:`zoo.recipes.wrong_claim` says.
     """
     results = []
     for claim in expect:
-        bounds = [bound for bound in ("at_least", "at_most") if bound in claim]
-        if len(bounds) != 1 or "metric" not in claim or "source" not in claim:
-            raise ValueError(f"{recipe}: a claim needs metric, source, and either at_least or at_most; it is {claim}")
-        name, bound = claim["metric"], bounds[0]
+        if problem := wrong_claim(claim):
+            raise ValueError(f"{recipe}: a claim {problem}")
+        name, bound = claim["metric"], "at_least" if "at_least" in claim else "at_most"
         measured = metrics.get(name)
         tolerance = float(claim.get("tolerance", 0))
         results.append(Result(recipe, name, bound, float(claim[bound]), tolerance, claim["source"], measured))
