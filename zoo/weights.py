@@ -6,7 +6,10 @@ constructor's), ``class_names`` (JSON), ``recipe``, ``metrics`` (JSON) and ``lic
 
 import json
 import os
+import re
+import socket
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,44 @@ from torch import Tensor
 
 import zoo
 from zoo.running.checkpoint import read_checkpoint, replacing
+from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD
 
 FORMAT = "1"
+TORCHVISION_NAME = re.compile(r"[A-Z][A-Z0-9_]*")  # DEFAULT, IMAGENET1K_V2, …: no file is called so
 NOT_SAVED = ("optimizer", "scheduler", "weights", "keep_matching_classes")  # arguments of a run, not of the network
+
+
+@dataclass(frozen=True)
+class Published:
+    """How the files in which an architecture's weights were published differ from ours.
+
+    Our keys are ``backbone.network.…`` and ``head.…``, with mean and deviation of the input in
+    ``backbone.standardize``; a published file knows neither.
+
+    Attributes:
+        builder: The function of ``torchvision.models`` whose weights they are; None if torchvision has none.
+        heads: What each prefix of a key that depends on the classes becomes, as in ``{"fc.": "head."}``.
+        mean: Mean of each channel that the weights want the images to be standardised by.
+        std: Standard deviation of each channel.
+    """
+
+    builder: str | None
+    heads: dict[str, str]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Published tensors under our keys."""
+        renamed = {self._rename(key): value for key, value in state.items()}
+        renamed["backbone.standardize.mean"] = torch.tensor(self.mean)[:, None, None]
+        renamed["backbone.standardize.std"] = torch.tensor(self.std)[:, None, None]
+        return renamed
+
+    def _rename(self, key: str) -> str:
+        for theirs, ours in self.heads.items():
+            if key.startswith(theirs):
+                return ours + key.removeprefix(theirs)
+        return f"backbone.network.{key}"
 
 
 @dataclass
@@ -163,10 +201,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_weights(module: LightningModule, weights: str, keep_matching_classes: bool = False) -> Transfer:
     """Start a model from weights; only a head of another number of classes may differ.
 
+    A model of ImageNet's 1,000 classes that was given no names takes theirs with weights that torchvision published.
+
     Args:
         module: A model with ``backbone`` and ``head``.
-        weights: A file of :func:`read_weights`, or ``hf://owner/name`` (its ``model.safetensors``) or
-            ``hf://owner/name/file``.
+        weights: A file of :func:`read_weights`, with our keys or those of :class:`Published`; or
+            ``hf://owner/name`` (its ``model.safetensors``) or ``hf://owner/name/file``; or the name of torchvision's
+            weights: ``DEFAULT``, ``IMAGENET1K_V1``, ….
         keep_matching_classes: Fill the rows of such a head whose class names both sides have.
 
     Returns:
@@ -176,35 +217,68 @@ def load_weights(module: LightningModule, weights: str, keep_matching_classes: b
         FileNotFoundError: There is no such file.
         ValueError: The file is unsafe or damaged, or tensors outside the head do not fit; it names them.
     """
-    state, header = read_weights(locate(weights))
-    own = module.state_dict()
-    transfer = Transfer([], {}, [])
-    wrong = [f"{key} is missing" for key in own if key not in state and not key.startswith("head.")]
-    wrong += [f"{key} is unknown" for key in state if key not in own and not key.startswith("head.")]
-    for key in own:
-        if key not in state:
-            transfer.fresh.append(key)
-        elif state[key].shape == own[key].shape:
-            transfer.loaded.append(key)
-        elif key.startswith("head.") and state[key].shape[1:] == own[key].shape[1:]:
-            rows = _matching_rows(module, header) if keep_matching_classes else []
-            if rows:
-                kept = own[key].clone()
-                for mine, theirs in rows:
-                    kept[mine] = state[key][theirs]
-                state[key] = kept
-                transfer.resized[key] = f"{len(rows)} of {len(kept)} rows kept by class name"
-            else:
-                transfer.fresh.append(key)
-        else:
-            wrong.append(f"{key} has shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}")
+    state, header = _read_as_ours(module, weights)
+    state, transfer, wrong = _match(module, state, header, keep_matching_classes)
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ValueError(f"{weights} does not fit {type(module).__name__}: {'; '.join(wrong[:8])}{more}")
-    taken = {*transfer.loaded, *transfer.resized}
-    module.load_state_dict({key: value for key, value in state.items() if key in taken}, strict=False)
+    module.load_state_dict(state, strict=False)
     rank_zero_info(f"weights from {weights}: {transfer}")
     return transfer
+
+
+def _read_as_ours(module: LightningModule, weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors under our keys and what the file says of itself; published files are named after ImageNet's classes."""
+    published: Published | None = getattr(module, "published", None)
+    by_name = TORCHVISION_NAME.fullmatch(weights) and not Path(weights).exists()
+    state, header = read_weights(fetch_torchvision(module, weights) if by_name else locate(weights))
+    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"{weights} holds values that are no numbers in {', '.join(broken[:4])}: use another file")
+    if published is None or any(key.startswith("backbone.") for key in state):
+        return state, header
+    state = published.rename(state)
+    if published.builder:
+        header["class_names"] = _imagenet_names(module, state)
+    return state, header
+
+
+def _match(
+    module: LightningModule, state: dict[str, Tensor], header: dict[str, Any], keep_matching_classes: bool
+) -> tuple[dict[str, Tensor], Transfer, list[str]]:
+    """Which tensors a module takes, what becomes of its own, and what does not fit."""
+    own = module.state_dict()
+    rows = _matching_rows(module, header) if keep_matching_classes else []
+    taken: dict[str, Tensor] = {}
+    transfer = Transfer([], {}, [])
+    wrong: list[str] = []
+    for key, mine in own.items():
+        in_head = key.startswith("head.")
+        by_class = in_head and key in state and state[key].shape[1:] == mine.shape[1:]
+        if key not in state and (in_head or key.endswith("num_batches_tracked")):  # a count that older files lack
+            transfer.fresh.append(key)
+        elif key not in state:
+            wrong.append(f"{key} is missing")
+        elif by_class and rows and len(mine) == module.hparams["num_classes"]:
+            taken[key] = _rows_of(mine, state[key], rows)
+            transfer.resized[key] = f"{len(rows)} of {len(mine)} rows kept by class name"
+        elif state[key].shape == mine.shape:
+            taken[key] = state[key]
+            transfer.loaded.append(key)
+        elif by_class:
+            transfer.fresh.append(key)
+        else:
+            wrong.append(f"{key} has shape {tuple(state[key].shape)}, expected {tuple(mine.shape)}")
+    wrong += [f"{key} is unknown" for key in state if key not in own and not key.startswith("head.")]
+    return taken, transfer, wrong
+
+
+def _rows_of(mine: Tensor, theirs: Tensor, rows: list[tuple[int, int]]) -> Tensor:
+    """Our tensor with some of its rows taken from theirs."""
+    kept = mine.clone()
+    for to, source in rows:
+        kept[to] = theirs[source]
+    return kept
 
 
 def locate(weights: str) -> Path:
@@ -231,6 +305,61 @@ def locate(weights: str) -> Path:
         raise FileNotFoundError(
             f"{weights} could not be fetched ({str(error).splitlines()[0]}). Bring {file} by hand and give its path"
         ) from error
+
+
+def fetch_torchvision(module: LightningModule, name: str) -> Path:
+    """The file of torchvision's weights of that name, downloaded to its cache if it is not there yet.
+
+    Raises:
+        FileNotFoundError: It is not in the cache and cannot be downloaded.
+        ValueError: There are no weights of that name for this architecture.
+    """
+    published: Published | None = getattr(module, "published", None)
+    architecture = type(module).__name__
+    if published is None or published.builder is None:
+        raise ValueError(f"torchvision publishes no weights for this {architecture}: give a file in place of {name}")
+    from torch.hub import download_url_to_file, get_dir
+    from torchvision.models import get_model_weights
+
+    known = get_model_weights(published.builder).__members__
+    if name not in known:
+        raise ValueError(f"{published.builder} has no weights {name}: there are {', '.join(known)}")
+    url = known[name].url
+    path = Path(get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    from filelock import FileLock  # torch brings it
+
+    before = socket.getdefaulttimeout()
+    try:
+        socket.setdefaulttimeout(60)  # torch sets no limit, and a silent server would stop the run for ever
+        with FileLock(f"{path}.lock"):  # several processes ask at once: one downloads
+            if not path.is_file():
+                prefix = path.stem.rsplit("-", 1)[-1]  # torchvision's names end in the first digits of the hash
+                download_url_to_file(url, str(path), prefix, progress=False)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise FileNotFoundError(
+            f"{name} could not be downloaded from {url} ({error}). Bring {path.name} by hand and put it into "
+            f"{path.parent}, or give its path as --model.init_args.weights"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+    return path
+
+
+def _imagenet_names(module: LightningModule, state: dict[str, Tensor]) -> list[str]:
+    """ImageNet's class names if a published head has 1,000 rows; the module takes them if it has as many, unnamed."""
+    from torchvision.models import AlexNet_Weights
+
+    names = list(AlexNet_Weights.IMAGENET1K_V1.meta["categories"])
+    heads = [value for key, value in state.items() if key.startswith("head.")]
+    if not heads or any(len(value) != len(names) for value in heads[:1]):
+        return []
+    if module.hparams.get("num_classes") == len(names) and module.hparams.get("class_names") is None:
+        module.class_names = names  # type: ignore[assignment]
+        module.hparams["class_names"] = names
+    return names
 
 
 def _matching_rows(module: LightningModule, header: dict[str, Any]) -> list[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """Single-label image classification: cross-entropy, accuracy, confusion matrix, and the worst mistakes."""
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from zoo.running.optimizing import SchedulerCallable, configure_optimizers
 from zoo.running.pictures import confusion_matrix_figure, contact_sheet, log_picture
-from zoo.weights import describe
+from zoo.weights import Published, describe
 
 WORST = 24  # mistakes that are shown
 
@@ -21,11 +22,16 @@ WORST = 24  # mistakes that are shown
 class ClassificationTask(LightningModule):
     """Abstract: a subclass sets ``backbone``, ``head`` and ``example_input_array`` and defines ``forward``.
 
-    A batch is ``(images, labels)``: images float32 (N, C, H, W) in [0, 1], labels int64 (N,) in ``[0, num_classes)``;
-    a batch of an evaluation may be empty. ``forward`` maps images to logits (N, num_classes).
+    A batch is ``(images, labels)``: images float32 (N, C, H, W) in [0, 1], labels int64 (N,) in ``[0, num_classes)``,
+    or in training the share of each class, float32 (N, num_classes), as mixed images have it; a batch of an evaluation
+    may be empty. ``forward`` maps images to logits (N, num_classes).
 
     Logs ``train/loss`` and ``train/accuracy`` (of the batch, every ``log_every_n_steps``), ``val/loss``,
-    ``val/accuracy``, ``test/loss``, ``test/accuracy`` and ``test/samples``, the number of samples that were scored.
+    ``val/accuracy``, ``test/loss``, ``test/accuracy``, ``test/accuracy_top5`` where there are more than five classes,
+    and ``test/samples``, the number of samples that were scored.
+
+    A loss other than cross-entropy is a subclass's ``losses``; a training loss of more than the logits, or with
+    other terms, its ``training_loss``. Either changes ``chance_loss``.
 
     Args:
         num_classes: Number of classes.
@@ -44,6 +50,7 @@ class ClassificationTask(LightningModule):
     backbone: torch.nn.Module
     head: torch.nn.Module
     example_input_array: Tensor
+    published: Published | None = None  # where weights of this architecture were published
 
     def __init__(
         self,
@@ -66,8 +73,23 @@ class ClassificationTask(LightningModule):
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_loss = MeanMetric(nan_strategy="disable")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy_top5 = MulticlassAccuracy(num_classes, top_k=5, average="micro") if num_classes > 5 else None
         self.test_confusion = MulticlassConfusionMatrix(num_classes)
         self._mistakes: list[dict[str, Any]] = []
+
+    @property
+    def chance_loss(self) -> float:
+        """The training loss of logits that are all equal, where a sound initialization starts: log C."""
+        return math.log(self.hparams["num_classes"])
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each sample (N,) in an evaluation: cross-entropy, without smoothing."""
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a training batch, a scalar, and its logits (N, num_classes)."""
+        logits = self(images)
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), logits
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The recipe's optimizer over all trainable parameters, its schedule in steps."""
@@ -76,11 +98,11 @@ class ClassificationTask(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch; logged only at the steps that reach a logger, since logging costs a CPU step 5 %."""
         images, labels = batch
-        logits = self(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        loss, logits = self.training_loss(images, labels)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
-            accuracy = (logits.argmax(1) == labels).float().mean()
+            classes = labels if labels.ndim == 1 else labels.argmax(1)
+            accuracy = (logits.argmax(1) == classes).float().mean()
             self.log_dict({"train/loss": loss, "train/accuracy": accuracy}, prog_bar=True)
         return loss
 
@@ -89,7 +111,7 @@ class ClassificationTask(LightningModule):
         images, labels = batch
         if len(labels):
             logits = self(images)
-            self.val_loss.update(F.cross_entropy(logits, labels, reduction="none"))
+            self.val_loss.update(self.losses(logits, labels))
             self.val_accuracy.update(logits, labels)
 
     def on_validation_epoch_end(self) -> None:
@@ -102,9 +124,11 @@ class ClassificationTask(LightningModule):
         images, labels = batch
         if len(labels):
             logits = self(images)
-            losses = F.cross_entropy(logits, labels, reduction="none")
+            losses = self.losses(logits, labels)
             self.test_loss.update(losses)
             self.test_accuracy.update(logits, labels)
+            if self.test_accuracy_top5 is not None:
+                self.test_accuracy_top5.update(logits, labels)
             self.test_confusion.update(logits, labels)
             self._keep_worst(images, labels, logits, losses)
 
@@ -113,6 +137,8 @@ class ClassificationTask(LightningModule):
         confusion = self.test_confusion.compute()
         self.log("test/loss", self.test_loss)
         self.log("test/accuracy", self.test_accuracy)
+        if self.test_accuracy_top5 is not None:
+            self.log("test/accuracy_top5", self.test_accuracy_top5)
         self.log("test/samples", confusion.sum().float(), rank_zero_only=True)
         mistakes = self._gather_mistakes()
         log_picture(self, "test/confusion_matrix", confusion_matrix_figure(confusion, self.class_names))

@@ -1,0 +1,38 @@
+"""Standardised input as the first layer of a network, so that a checkpoint carries all that its images need."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# Mean and standard deviation per colour of the images that torchvision's published weights were trained on.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Standardize(nn.Module):
+    """Subtract a mean and divide by a standard deviation, for each channel; both are buffers.
+
+    Grey images (N, 1, H, W) come out with as many channels as there are means, each standardised by its own.
+
+    Args:
+        mean: Mean of each channel, of images in [0, 1].
+        std: Standard deviation of each channel.
+
+    Raises:
+        ValueError: There are not as many means as deviations, or a deviation is not above 0.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not all(value > 0 for value in std):
+            raise ValueError(f"mean={list(mean)} and std={list(std)} must be equally many, and each std above 0")
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (N, C, H, W) in [0, 1] to the standardised ones, of the same shape."""
+        return (images - self.mean) / self.std
