@@ -12,9 +12,11 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR, SequentialLR
 
+from zoo.running.schedules import Schedule
+
 # (optimizer, number of optimizer steps in the run) -> schedule, stepped once per optimizer step
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
-LENGTHS = ("T_max", "T_0", "total_iters", "total_steps")  # names of arguments that are a number of steps
+LENGTHS = ("steps", "T_max", "T_0", "total_iters", "total_steps")  # names of arguments that are a number of steps
 
 
 def configure_optimizers(
@@ -47,7 +49,8 @@ def _refuse_other_numbers(schedule: LRScheduler, steps: int) -> None:
     if second not in LENGTHS and steps in taken:
         raise ValueError(
             f"{type(schedule).__name__} takes {second} where a schedule of a recipe gets the run's number of steps: "
-            "use CosineAnnealingLR or PolynomialLR, or a function of your own (optimizer, steps) -> schedule"
+            "use one of zoo.running.schedules (Step, Cosine, Linear, OneCycle, …), CosineAnnealingLR or PolynomialLR, or "
+            "a function of your own (optimizer, steps) -> schedule"
         )
 
 
@@ -108,7 +111,10 @@ class LinearScaling(Callback):
 
 
 def warm_up(optimizer: Optimizer, steps: int, warmup_steps: int, scheduler: SchedulerCallable | None) -> LRScheduler:
-    """A linear rise from 0 over ``warmup_steps`` (at most a tenth of ``steps``), then ``scheduler`` over the rest."""
+    """A linear rise from 0 over ``warmup_steps`` (at most a tenth of ``steps``), then ``scheduler`` over the rest.
+
+    A schedule of :mod:`zoo.running.schedules` with a warm-up of its own is left alone.
+    """
     if warmup_steps > steps // 10:
         warmup_steps = max(1, steps // 10)
         rank_zero_warn(f"linear scaling: the warm-up is cut to {warmup_steps} steps, a tenth of the run's {steps}")
@@ -121,7 +127,11 @@ def warm_up(optimizer: Optimizer, steps: int, warmup_steps: int, scheduler: Sche
     if isinstance(rest, OneCycleLR | CyclicLR):
         raise ValueError(
             f"linear scaling cannot scale {type(rest).__name__}, which sets a rate of its own: use another schedule "
-            "(CosineAnnealingLR, say), or leave linear_scaling off and set max_lr by hand"
+            "(zoo.running.schedules.OneCycle, say), or leave linear_scaling off and set max_lr by hand"
         )
+    if isinstance(rest, Schedule) and rest.warmup:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"]
+        return scheduler(optimizer, steps)
     _refuse_other_numbers(rest, steps - warmup_steps)
     return SequentialLR(optimizer, [rise, rest], milestones=[warmup_steps])
