@@ -4,17 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
     from datamodules.embedded.digits import DigitsDataModule
     from datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
 
 # Importing Lightning costs seconds, so a class is imported when it is first asked for.
 _MODULES = {
+    "CIFAR10DataModule": "datamodules.cifar",
+    "CIFAR100DataModule": "datamodules.cifar",
     "DigitsDataModule": "datamodules.embedded.digits",
     "FashionMNISTDataModule": "datamodules.mnist",
     "MNISTDataModule": "datamodules.mnist",
 }
 
-__all__ = ["DigitsDataModule", "FashionMNISTDataModule", "MNISTDataModule"]
+__all__ = ["CIFAR10DataModule", "CIFAR100DataModule", "DigitsDataModule", "FashionMNISTDataModule", "MNISTDataModule"]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,9 +26,11 @@ class InMemoryDataModule(LightningDataModule):
         split_seed: Seed of that split, apart from the run's seed so that runs compare.
         translate: Each training image is shifted by up to so many pixels on both axes.
         flip: Mirror half of the training images.
+        train_size: Train on only so many of the images that are not held out, as evenly from all classes as they
+            allow, chosen by ``split_seed``: fewer are a subset of more. None takes all.
 
     Raises:
-        ValueError: A number is too small, or ``val_size`` leaves nothing to train on.
+        ValueError: A number is too small, ``val_size`` leaves nothing to train on, or ``train_size`` asks for more.
     """
 
     num_classes: int
@@ -42,6 +44,7 @@ class InMemoryDataModule(LightningDataModule):
         split_seed: int,
         translate: int = 0,
         flip: bool = False,
+        train_size: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (("eval_batch_size", eval_batch_size, 1), ("translate", translate, 0)):
@@ -50,6 +53,7 @@ class InMemoryDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_size = val_size
+        self.train_size = train_size
         self.split_seed = split_seed
         self.translate = translate
         self.flip = flip
@@ -69,12 +73,24 @@ class InMemoryDataModule(LightningDataModule):
             if not 0 <= self.val_size < len(images):
                 raise ValueError(f"val_size={self.val_size} must lie between 0 and {len(images) - 1}")
             order = torch.from_numpy(np.random.default_rng(self.split_seed).permutation(len(images)))
-            held_out, kept = order[: self.val_size].sort().values, order[self.val_size :].sort().values
+            held_out, kept = order[: self.val_size].sort().values, self._chosen(order[self.val_size :], labels)
             self.val_set = images[held_out], labels[held_out]
             self.train_set = images[kept], labels[kept]
             self._split = hashlib.sha256(kept.numpy().tobytes()).hexdigest()[:16]
         if stage in ("test", "predict") and self.test_set is None:
             self.test_set = self.read(train=False)
+
+    def _chosen(self, candidates: Tensor, labels: Tensor) -> Tensor:
+        """The first ``train_size`` of the shuffled candidates, in turns of one from each class; sorted."""
+        if self.train_size is None:
+            return candidates.sort().values
+        if not 1 <= self.train_size <= len(candidates):
+            raise ValueError(f"train_size={self.train_size} must lie between 1 and {len(candidates)}")
+        classes = labels[candidates].numpy()
+        turn = np.empty(len(classes), dtype=np.int64)  # how many of the same class come before
+        for label in np.unique(classes):
+            turn[classes == label] = np.arange((classes == label).sum())
+        return candidates[torch.from_numpy(np.argsort(turn, kind="stable")[: self.train_size])].sort().values
 
     def train_dataloader(self) -> TensorLoader:
         """Shuffled training batches; the order follows the run's seed, and is fixed under ``overfit_batches``."""

@@ -8,12 +8,7 @@ import gzip
 import hashlib
 import math
 import os
-import socket
-import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +16,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from datamodules.download import fetch
 from datamodules.in_memory import InMemoryDataModule
 
 FILES = {  # train? -> (images, labels)
     True: ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     False: ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-MIRROR_TIMEOUT = 60  # seconds of silence after which the next mirror is asked
 
 
 class MNISTDataModule(InMemoryDataModule):
@@ -169,39 +164,7 @@ def prepare_idx(root: Path, data_set: str, download: bool) -> None:
     for file, md5 in source.resources:
         if file.removesuffix(".gz") in missing:
             rank_zero_info(f"downloading {file} to {folder}")
-            _fetch(source.mirrors, file, md5, folder)
-
-
-def _fetch(mirrors: list[str], file: str, md5: str, folder: Path) -> None:
-    from torchvision.datasets.utils import download_url
-
-    errors = []
-    for mirror in mirrors:
-        # Inside the target's folder, so that the move is atomic; removed again whatever happens.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as partial, _timeout(MIRROR_TIMEOUT):
-            try:
-                download_url(mirror + file, partial, file, md5)
-            except (OSError, HTTPException, RuntimeError, ValueError) as error:
-                errors.append(f"  {mirror}{file}: {error}")
-                continue
-            os.replace(Path(partial) / file, folder / file)
-            return
-    reasons = "\n".join(errors)
-    raise FileNotFoundError(
-        f"{file} (md5 {md5}) could not be downloaded:\n{reasons}\nPut the file into {folder}, or give the folder that "
-        "has it as --data.init_args.root"
-    )
-
-
-@contextmanager
-def _timeout(seconds: float) -> Iterator[None]:
-    """Limit every wait for the network; torchvision sets no limit, and a silent mirror would stop the run for ever."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+            fetch(source.mirrors, file, md5, folder)
 
 
 def read_labelled_images(root: Path, data_set: str, train: bool, md5: dict[str, str]) -> tuple[Tensor, Tensor]:

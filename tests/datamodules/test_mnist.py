@@ -619,7 +619,7 @@ def test_constructor_touches_neither_network_nor_disk(data_set, offer, mirror, t
 
 @pytest.mark.parametrize("mirrors", [["falls_silent", "good"], ["falls_silent"]])
 def test_mirror_that_falls_silent_is_given_up(mirrors, offer, tmp_path, monkeypatch):
-    monkeypatch.setattr("datamodules.mnist.MIRROR_TIMEOUT", 0.2)
+    monkeypatch.setattr("datamodules.download.MIRROR_TIMEOUT", 0.2)
     before = socket.getdefaulttimeout()
     offer("MNIST", *mirrors)
     data = MNISTDataModule(root=str(tmp_path))
