@@ -42,6 +42,14 @@ class CIFAR10DataModule(InMemoryDataModule):
             allow; None takes all.
         translate: Each training image is shifted by up to so many pixels on both axes.
         flip: Mirror half of the training images left to right.
+        cutout: Fill a square of this side, in pixels, in each training image with the mean of the training images;
+            the paper takes 16.
+        mixup: a of Beta(a, a), which gives the shares of the two images of a mixture; 0 mixes none. With this or
+            ``cutmix`` training labels are the share of each class, float32 (N, 10).
+        cutmix: a of Beta(a, a), which gives how much of each picture is left when a box of another one is pasted in;
+            0 pastes none. With ``mixup``, a coin decides for each batch.
+        jitter: Brightness, contrast and saturation of each training image change by factors in [1 - jitter,
+            1 + jitter].
     """
 
     num_classes = 10
@@ -58,8 +66,24 @@ class CIFAR10DataModule(InMemoryDataModule):
         train_size: int | None = None,
         translate: int = 0,
         flip: bool = False,
+        cutout: int = 0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        jitter: float = 0.0,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, val_size, split_seed, translate, flip, train_size)
+        super().__init__(
+            batch_size,
+            eval_batch_size,
+            val_size,
+            split_seed,
+            translate,
+            flip,
+            train_size,
+            cutout,
+            mixup,
+            cutmix,
+            jitter,
+        )
         self.root = _root(root, "cifar10", CIFAR10)
         self.download = download
 
@@ -88,6 +112,14 @@ class CIFAR100DataModule(InMemoryDataModule):
             allow; None takes all.
         translate: Each training image is shifted by up to so many pixels on both axes.
         flip: Mirror half of the training images left to right.
+        cutout: Fill a square of this side, in pixels, in each training image with the mean of the training images;
+            the paper takes 8.
+        mixup: a of Beta(a, a), which gives the shares of the two images of a mixture; 0 mixes none. With this or
+            ``cutmix`` training labels are the share of each class, float32 (N, 100).
+        cutmix: a of Beta(a, a), which gives how much of each picture is left when a box of another one is pasted in;
+            0 pastes none. With ``mixup``, a coin decides for each batch.
+        jitter: Brightness, contrast and saturation of each training image change by factors in [1 - jitter,
+            1 + jitter].
     """
 
     num_classes = 100
@@ -115,8 +147,24 @@ class CIFAR100DataModule(InMemoryDataModule):
         train_size: int | None = None,
         translate: int = 0,
         flip: bool = False,
+        cutout: int = 0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        jitter: float = 0.0,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, val_size, split_seed, translate, flip, train_size)
+        super().__init__(
+            batch_size,
+            eval_batch_size,
+            val_size,
+            split_seed,
+            translate,
+            flip,
+            train_size,
+            cutout,
+            mixup,
+            cutmix,
+            jitter,
+        )
         self.root = _root(root, "cifar100", CIFAR100)
         self.download = download
 

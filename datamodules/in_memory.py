@@ -8,7 +8,7 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
-from datamodules.augmentation import random_flip, random_translate
+from datamodules.augmentation import BatchAugmentation
 from datamodules.sampling import EvaluationBatches, TensorLoader, TrainingBatches
 
 
@@ -28,6 +28,13 @@ class InMemoryDataModule(LightningDataModule):
         flip: Mirror half of the training images.
         train_size: Train on only so many of the images that are not held out, as evenly from all classes as they
             allow, chosen by ``split_seed``: fewer are a subset of more. None takes all.
+        cutout: Fill a square of this side, in pixels, in each training image with the mean of the training images.
+        mixup: a of Beta(a, a), which gives the shares of the two images of a mixture; 0 mixes none. With this or
+            ``cutmix`` training labels are the share of each class, float32 (N, num_classes).
+        cutmix: a of Beta(a, a), which gives how much of each picture is left when a box of another one is pasted in;
+            0 pastes none. With ``mixup``, a coin decides for each batch.
+        jitter: Brightness, contrast and saturation of each training image change by factors in [1 - jitter,
+            1 + jitter].
 
     Raises:
         ValueError: A number is too small, ``val_size`` leaves nothing to train on, or ``train_size`` asks for more.
@@ -45,22 +52,25 @@ class InMemoryDataModule(LightningDataModule):
         translate: int = 0,
         flip: bool = False,
         train_size: int | None = None,
+        cutout: int = 0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        jitter: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value, least in (("eval_batch_size", eval_batch_size, 1), ("translate", translate, 0)):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        if eval_batch_size < 1:
+            raise ValueError(f"eval_batch_size={eval_batch_size} must be at least 1")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_size = val_size
         self.train_size = train_size
         self.split_seed = split_seed
-        self.translate = translate
-        self.flip = flip
+        self.augment = BatchAugmentation(translate, flip, jitter, cutout, mixup, cutmix)
         self.train_set: tuple[Tensor, Tensor] | None = None
         self.val_set: tuple[Tensor, Tensor] | None = None
         self.test_set: tuple[Tensor, Tensor] | None = None
         self._split = ""
+        self._mean = torch.zeros(1, dtype=torch.uint8)  # of the training images, (C,), where Cutout needs it
 
     def read(self, train: bool) -> tuple[Tensor, Tensor]:
         """Read the training or the test images, uint8 (N, C, H, W), and their labels, int64 (N,)."""
@@ -76,6 +86,9 @@ class InMemoryDataModule(LightningDataModule):
             held_out, kept = order[: self.val_size].sort().values, self._chosen(order[self.val_size :], labels)
             self.val_set = images[held_out], labels[held_out]
             self.train_set = images[kept], labels[kept]
+            if self.augment.cutout:
+                mean = self.train_set[0].numpy().mean((0, 2, 3))
+                self._mean = torch.from_numpy(mean.round().astype(np.uint8))
             self._split = hashlib.sha256(kept.numpy().tobytes()).hexdigest()[:16]
         if stage in ("test", "predict") and self.test_set is None:
             self.test_set = self.read(train=False)
@@ -136,8 +149,8 @@ class InMemoryDataModule(LightningDataModule):
             return batch
         images, labels = batch
         if self.trainer is not None and self.trainer.training:
-            images = random_translate(images, self.translate) if self.translate else images
-            images = random_flip(images) if self.flip else images
+            self._mean = self._mean.to(images.device)
+            return self.augment(images, labels, self.num_classes, self._mean)
         return images.float().div_(255), labels
 
     def _evaluation_loader(self, tensors: tuple[Tensor, Tensor] | None) -> TensorLoader:
