@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
     from datamodules.embedded.digits import DigitsDataModule
+    from datamodules.image_folder import ImageFolderDataModule
     from datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
 
 # Importing Lightning costs seconds, so a class is imported when it is first asked for.
@@ -14,10 +15,18 @@ _MODULES = {
     "CIFAR100DataModule": "datamodules.cifar",
     "DigitsDataModule": "datamodules.embedded.digits",
     "FashionMNISTDataModule": "datamodules.mnist",
+    "ImageFolderDataModule": "datamodules.image_folder",
     "MNISTDataModule": "datamodules.mnist",
 }
 
-__all__ = ["CIFAR10DataModule", "CIFAR100DataModule", "DigitsDataModule", "FashionMNISTDataModule", "MNISTDataModule"]
+__all__ = [
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "ImageFolderDataModule",
+    "MNISTDataModule",
+]
 
 
 def __getattr__(name: str) -> Any:
