@@ -54,7 +54,7 @@ def test_show_prints_the_lectures_table(capsys):
     first = next(line for line in lines if line and line[0] == "backbone.conv1")
     assert first == ["backbone.conv1", "Conv2d", "20", "x", "28", "x", "28", "61.25", "520", "0.392"]
     total = next(line for line in lines if line and line[0] == "total")
-    assert total[-2:] == ["1,256,080", "6.522"]
+    assert total[-2:] == ["1,256,080", "6.548"]
 
 
 def test_show_takes_the_architectures_arguments(capsys):

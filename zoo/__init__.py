@@ -8,15 +8,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zoo.alexnet import AlexNet
+    from zoo.googlenet import GoogLeNet
     from zoo.lenet import LeNet
+    from zoo.linear_classifier import LinearClassifier
+    from zoo.resnet import ResNet
+    from zoo.squeezenet import SqueezeNet
+    from zoo.vgg import VGG
     from zoo.weights import load, save
 
 __version__ = "0.1.0"
 
-ARCHITECTURES = {"LeNet": "zoo.lenet"}
+ARCHITECTURES = {
+    "AlexNet": "zoo.alexnet",
+    "GoogLeNet": "zoo.googlenet",
+    "LeNet": "zoo.lenet",
+    "LinearClassifier": "zoo.linear_classifier",
+    "ResNet": "zoo.resnet",
+    "SqueezeNet": "zoo.squeezenet",
+    "VGG": "zoo.vgg",
+}
 _FUNCTIONS = {"load": "zoo.weights", "save": "zoo.weights"}
 
-__all__ = ["LeNet", "load", "save"]
+__all__ = ["AlexNet", "GoogLeNet", "LeNet", "LinearClassifier", "ResNet", "SqueezeNet", "VGG", "load", "save"]
 
 
 def __getattr__(name: str) -> Any:

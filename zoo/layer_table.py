@@ -1,14 +1,20 @@
 """The lecture's layer table: what each layer of a network costs.
 
-Conventions of EECS 498-007, lecture 8: a multiply-add is one operation ("flop"), memory is that of the layer's output
-in float32 (1 KB = 1,024 bytes), rectifiers are not counted.
+Conventions of EECS 498-007, lecture 8: a multiply-add is one operation ("flop"), a pool does one for each value in each
+window, memory is that of the layer's output in float32 (1 KB = 1,024 bytes). Rectifiers and dropout are left out, and
+so is a layer that only standardises or normalises, or hands its input on as it is.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from zoo.standardization import Standardize
+
+LEFT_OUT = (nn.ReLU, nn.Dropout, nn.Identity, nn.BatchNorm2d, Standardize)
 
 
 @dataclass
@@ -32,7 +38,8 @@ def layer_table(network: nn.Module, images: Tensor) -> list[Row]:
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not isinstance(module, nn.ReLU | nn.Dropout | nn.Identity):
+            kept = isinstance(module, nn.AdaptiveAvgPool2d | nn.Flatten) and output.shape == inputs[0].shape
+            if isinstance(output, Tensor) and not isinstance(module, LEFT_OUT) and not kept:
                 parameters = sum(p.numel() for p in module.parameters())
                 rows.append(
                     Row(name, type(module).__name__, tuple(output.shape[1:]), output.numel() * 4 / 1024, parameters,
@@ -58,4 +65,7 @@ def _multiply_adds(module: nn.Module, output: Tensor) -> int:
         return output.numel() * module.in_channels // module.groups * kernel_height * kernel_width
     if isinstance(module, nn.Linear):
         return output.numel() * module.in_features
+    if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
+        side = module.kernel_size
+        return output.numel() * (side * side if isinstance(side, int) else math.prod(side))
     return 0
