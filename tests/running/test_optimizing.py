@@ -1,13 +1,19 @@
-"""Schedules in steps and the linear scaling rule, against their formulas."""
+"""Schedules in steps, the linear scaling rule against its formula, and the effective batch."""
 
+import json
 import math
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 
+import datamodules
 from zoo import LeNet
-from zoo.running.optimizing import LinearScaling, warm_up
+from zoo.running.freezing import FreezeBackbone
+from zoo.running.optimizing import EffectiveBatch, LinearScaling, plan, warm_up
+from zoo.running.schedules import Cosine
 
 
 def rates(schedule, optimizer, steps):
@@ -52,8 +58,8 @@ def test_the_default_warm_up_is_the_lectures():
     assert LinearScaling().warmup_steps == 5000
 
 
-def loader(samples=32):
-    images = torch.rand(samples, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+def loader(samples=32, size=28):
+    images = torch.rand(samples, 1, size, size, generator=torch.Generator().manual_seed(0))
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.arange(samples) % 10), 8)
 
 
@@ -148,3 +154,87 @@ def test_scaling_leaves_the_model_as_it_was():
 def test_such_a_schedule_is_refused_behind_a_warm_up_too():
     with pytest.raises(ValueError, match="ExponentialLR takes gamma"):
         warm_up(sgd(1.0), 100, 10, torch.optim.lr_scheduler.ExponentialLR)
+
+
+class AtStart(Callback):
+    """The line about the batch, and the losses that follow."""
+
+    def __init__(self):
+        self.line, self.losses = "", []
+
+    def on_train_start(self, trainer, pl_module):
+        self.line = plan(trainer)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        mean = trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")
+        self.losses.append(float(mean))
+        if trainer.is_global_zero:
+            Path("seen.json").write_text(json.dumps([self.line, self.losses]))
+
+
+def lenet(**more):
+    seed_everything(0, verbose=False)
+    return LeNet(image_size=8, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), **more)
+
+
+def run(model, data, **options):
+    options = {"accelerator": "cpu", "max_epochs": 2, "limit_train_batches": 10, "callbacks": [AtStart()]} | options
+    trainer = Trainer(
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options
+    )
+    trainer.fit(model, data)
+    return json.loads(Path("seen.json").read_text())
+
+
+def digits():
+    return datamodules.DigitsDataModule(image_size=8, batch_size=48)
+
+
+def test_two_processes_and_one_have_the_same_loss_curve():
+    """The data module's global batch is what is shared; LeNet has neither batch norm nor dropout."""
+    schedule = partial(Cosine, warmup=0.2)
+    _, one = run(lenet(scheduler=schedule), digits())
+    _, two = run(lenet(scheduler=schedule), digits(), devices=2, strategy="ddp_fork")
+    assert one == pytest.approx(two, abs=1e-5)
+    assert len(one) == 20
+    assert min(one) < one[0] - 0.05, "nothing was learnt"
+
+
+def test_what_follows_from_the_batch_is_said():
+    line, _ = run(lenet(), digits())
+    assert line == "global batch 48; 10 steps per epoch; 20 steps; learning rate 0.1"
+
+
+def test_two_processes_share_the_batch_and_accumulation_multiplies_it():
+    model = lenet(scheduler=partial(Cosine, warmup=0.2))
+    line, _ = run(model, digits(), devices=2, strategy="ddp_fork", accumulate_grad_batches=3)
+    assert line == (
+        "global batch 144 = 2 processes × 24 × 3 accumulated; 4 steps per epoch; 8 steps; warm-up 2 steps; "
+        "learning rate 0.1"
+    )
+
+
+def test_linear_scalings_batch_rate_and_warm_up_are_said():
+    callbacks = [LinearScaling(warmup_steps=2), AtStart()]
+    line, _ = run(lenet(), digits(), devices=2, strategy="ddp_fork", callbacks=callbacks, max_epochs=3)
+    assert (
+        line == "global batch 96 = 2 processes × 48; 10 steps per epoch; 30 steps; warm-up 2 steps; learning rate 0.2"
+    )
+
+
+def test_a_foreign_loader_states_the_batch_of_a_process():
+    line, _ = run(lenet(), loader(size=8), max_epochs=-1, max_steps=5, callbacks=[FreezeBackbone(0, 0.5), AtStart()])
+    assert line == "global batch 8; 4 steps per epoch; 5 steps; learning rate backbone 0.05, head 0.1"
+
+
+def test_the_line_is_printed_once(caplog):
+    with caplog.at_level("INFO"):
+        run(lenet(), digits(), callbacks=[EffectiveBatch(), AtStart()])
+    assert [record.message for record in caplog.records if "global batch" in record.message] == [
+        "global batch 48; 10 steps per epoch; 20 steps; learning rate 0.1"
+    ]
+
+
+def test_a_schedule_needs_a_run_of_known_length():
+    with pytest.raises(ValueError, match="of known length"):
+        run(lenet(scheduler=Cosine), loader(size=8), max_epochs=-1)

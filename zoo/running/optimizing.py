@@ -1,6 +1,7 @@
 """Optimizer and schedule from a recipe, in steps, and the linear scaling rule for several processes."""
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR, SequentialLR
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, SequentialLR
 
-from zoo.running.schedules import Schedule
+from zoo.running.freezing import FreezeBackbone
+from zoo.running.schedules import Constant, Schedule
 
 # (optimizer, number of optimizer steps in the run) -> schedule, stepped once per optimizer step
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
@@ -22,9 +24,18 @@ LENGTHS = ("steps", "T_max", "T_0", "total_iters", "total_steps")  # names of ar
 def configure_optimizers(
     module: LightningModule, optimizer: OptimizerCallable, scheduler: SchedulerCallable | None
 ) -> OptimizerLRScheduler:
-    """Build a module's optimizer over its trainable parameters, and its schedule over the run's steps."""
-    built = optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
+    """Build a module's optimizer over its trainable parameters, and its schedule over the run's steps.
+
+    Under :class:`FreezeBackbone` the backbone has a group of its own, with its share of the rate.
+
+    Raises:
+        ValueError: Optimizer, schedule and trainer do not go together; it says how to mend that.
+    """
     trainer = module.trainer
+    built = optimizer(_parameters(module, trainer))
+    for group in built.param_groups:
+        if (ratio := group.pop("ratio", None)) is not None:
+            group["lr"] = group["lr"] * ratio
     mixed = isinstance(trainer.precision_plugin, MixedPrecision)
     if mixed and trainer.gradient_clip_val and getattr(built, "_step_supports_amp_scaling", False):
         raise ValueError(
@@ -33,10 +44,20 @@ def configure_optimizers(
         )
     if scheduler is None:
         return built
+    if trainer.estimated_stepping_batches == math.inf:
+        raise ValueError("a schedule needs a run of known length: set trainer.max_epochs or trainer.max_steps")
     steps = int(trainer.estimated_stepping_batches)
     schedule = scheduler(built, steps)
     _refuse_other_numbers(schedule, steps)
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _parameters(module: LightningModule, trainer: Trainer) -> list[Any]:
+    """The trainable parameters, or their groups where the backbone is frozen at first."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, FreezeBackbone):
+            return callback.parameter_groups(module)
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _refuse_other_numbers(schedule: LRScheduler, steps: int) -> None:
@@ -49,8 +70,8 @@ def _refuse_other_numbers(schedule: LRScheduler, steps: int) -> None:
     if second not in LENGTHS and steps in taken:
         raise ValueError(
             f"{type(schedule).__name__} takes {second} where a schedule of a recipe gets the run's number of steps: "
-            "use one of zoo.running.schedules (Step, Cosine, Linear, OneCycle, …), CosineAnnealingLR or PolynomialLR, or "
-            "a function of your own (optimizer, steps) -> schedule"
+            "use one of zoo.running.schedules (Step, Cosine, Linear, OneCycle, …), CosineAnnealingLR or PolynomialLR, "
+            "or a function of your own (optimizer, steps) -> schedule"
         )
 
 
@@ -118,7 +139,7 @@ def warm_up(optimizer: Optimizer, steps: int, warmup_steps: int, scheduler: Sche
     if warmup_steps > steps // 10:
         warmup_steps = max(1, steps // 10)
         rank_zero_warn(f"linear scaling: the warm-up is cut to {warmup_steps} steps, a tenth of the run's {steps}")
-    rise = LambdaLR(optimizer, lambda step: min(1.0, step / warmup_steps))
+    rise = Constant(optimizer, steps, warmup_steps)
     if scheduler is None:
         return rise
     for group in optimizer.param_groups:
@@ -135,3 +156,50 @@ def warm_up(optimizer: Optimizer, steps: int, warmup_steps: int, scheduler: Sche
         return scheduler(optimizer, steps)
     _refuse_other_numbers(rest, steps - warmup_steps)
     return SequentialLR(optimizer, [rise, rest], milestones=[warmup_steps])
+
+
+class EffectiveBatch(Callback):
+    """Says when training starts what follows from the recipe's batch, the processes and the accumulation."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the line, once for all processes."""
+        rank_zero_info(plan(trainer))
+
+
+def plan(trainer: Trainer) -> str:
+    """One line: samples of an optimizer step, steps of an epoch and of the run, warm-up, and the full learning rates.
+
+    A recipe's ``batch_size`` is the global batch of one forward pass, all processes together. Accumulation over k
+    batches makes that k times as many samples per optimizer step; the rate stays as the recipe states it.
+    """
+    accumulated = trainer.accumulate_grad_batches
+    facts = [_batch(trainer.train_dataloader, trainer.world_size, accumulated)]
+    if trainer.num_training_batches != math.inf:
+        facts.append(f"{math.ceil(trainer.num_training_batches / accumulated)} steps per epoch")
+    if trainer.estimated_stepping_batches != math.inf:
+        facts.append(f"{int(trainer.estimated_stepping_batches)} steps")
+    for config in trainer.lr_scheduler_configs:
+        if warmup := _warmup(config.scheduler):
+            facts.append(f"warm-up {warmup} steps")
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    rates = [f"{group.get('name', '')} {float(group.get('initial_lr', group['lr'])):.4g}".strip() for group in groups]
+    facts.append(f"learning rate {', '.join(dict.fromkeys(rates))}")
+    return "; ".join(fact for fact in facts if fact)
+
+
+def _batch(loader: Any, processes: int, accumulated: int) -> str:
+    sampler = getattr(loader, "batch_sampler", None)
+    size = getattr(sampler, "batch_size", None) or getattr(loader, "batch_size", None)
+    if size is None:
+        return ""
+    each = size // getattr(sampler, "world_size", 1)  # a sampler that knows of processes counts all of them together
+    parts = [f"{processes} processes × {each}"] if processes > 1 else [str(each)] if accumulated > 1 else []
+    parts += [f"{accumulated} accumulated"] if accumulated > 1 else []
+    return f"global batch {processes * each * accumulated}{' = ' if parts else ''}{' × '.join(parts)}"
+
+
+def _warmup(schedule: Any) -> int:
+    """Steps of a schedule's rise: its own, or that of the linear scaling rule before it."""
+    if isinstance(schedule, SequentialLR):
+        return int(schedule._milestones[0])
+    return schedule.warmup if isinstance(schedule, Schedule) else 0
