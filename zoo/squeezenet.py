@@ -39,12 +39,16 @@ def squeezenet_network(stem: Literal["imagenet", "small"], dropout: float) -> nn
 
 
 class SqueezeNetHead(nn.Conv2d):
-    """A 1x1 convolution to one map per class, rectified, whose means are the scores (N, num_classes)."""
+    """A 1x1 convolution to one map per class, rectified, whose means are the scores (N, num_classes).
+
+    Its bias starts at 1, where torchvision's is 0: softmax does not mind, and no class starts behind a closed rectifier,
+    out of which it would never learn.
+    """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(512, num_classes, 1)
         nn.init.normal_(self.weight, 0, 0.01)
-        nn.init.zeros_(self.bias)  # type: ignore[arg-type]
+        nn.init.ones_(cast(Tensor, self.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, 512, H, W) to scores (N, num_classes), none below 0."""
