@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-GREY = (0.2989, 0.587, 0.114)  # luma of red, green, blue (ITU-R BT.601), as torchvision has it
-
 
 class BatchAugmentation:
     """What happens to a training batch, in this order; everything is off by default.
@@ -126,19 +124,25 @@ def adjust_colours(images: Tensor, brightness: Tensor, contrast: Tensor, saturat
     Raises:
         ValueError: The images have neither one nor three channels.
     """
-    channels = images.shape[1]
-    if channels not in (1, 3):
-        raise ValueError(f"images have {channels} channels, colours are changed of 1 or 3")
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"images have {images.shape[1]} channels, colours are changed of 1 or 3")
     white = 255 if images.dtype == torch.uint8 else 1
-    shares = torch.tensor(GREY if channels == 3 else (1.0,), device=images.device)
     brightness, contrast, saturation = (factor[:, None, None, None] for factor in (brightness, contrast, saturation))
-    result = (images * brightness).clamp_(0, white)
-    mean = (result.mean((2, 3)) @ shares.to(result.dtype))[:, None, None, None]
-    result = torch.lerp(mean, result, contrast).clamp_(0, white)
-    if channels == 3:
-        grey = torch.einsum("nchw,c->nhw", result, shares.to(result.dtype))[:, None]
-        result = torch.lerp(grey, result, saturation).clamp_(0, white)
-    return result.round_().to(torch.uint8) if images.dtype == torch.uint8 else result
+    result = (images * brightness).clamp_(0, white)  # a new tensor: the rest is done in place
+    mean = _grey(result).mean((2, 3), keepdim=True)
+    result.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, white)
+    if images.shape[1] == 3:
+        grey = _grey(result)
+        result.mul_(saturation).add_(grey * (1 - saturation)).clamp_(0, white)
+    return (result.round_() if images.dtype == torch.uint8 else result).to(images.dtype)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """The luma of float images (N, 1 or 3, H, W), as torchvision weighs it (ITU-R BT.601): (N, 1, H, W)."""
+    if images.shape[1] == 1:
+        return images
+    red, green, blue = images.split(1, dim=1)
+    return red * 0.2989 + green * 0.587 + blue * 0.114
 
 
 def random_cutout(images: Tensor, side: int, fill: Tensor) -> Tensor:

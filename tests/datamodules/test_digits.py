@@ -75,6 +75,20 @@ def test_pictures_are_enlarged_by_bilinear_interpolation_between_pixel_centres(i
         assert np.abs(many[:, 0].numpy() - enlarged[chosen]).max() <= 0.501  # rounded to whole numbers
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_three_channels_repeat_the_grey_picture(stage):
+    (grey, labels), (colour, same_labels) = splits(digits())[stage], splits(digits(channels=3))[stage]
+    assert colour.shape == (len(labels), 3, 28, 28)
+    assert torch.equal(colour, torch.cat([grey, grey, grey], dim=1))
+    assert torch.equal(labels, same_labels)
+
+
+@pytest.mark.parametrize("channels", [0, 2, 4])
+def test_other_numbers_of_channels_are_a_clear_error(channels):
+    with pytest.raises(ValueError, match=f"channels={channels} must be 1"):
+        DigitsDataModule(channels=channels)
+
+
 def test_test_digits_stay_the_same_whatever_the_split_and_torchs_seed():
     torch.manual_seed(1)
     first = digits(split_seed=0)
