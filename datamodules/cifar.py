@@ -31,8 +31,8 @@ class CIFAR10DataModule(InMemoryDataModule):
 
     Args:
         root: Folder with an official version of the data: the python one (``cifar-10-batches-py`` or what is in it),
-            the binary one (``cifar-10-batches-bin`` or what is in it), or the ``.tar.gz`` of either, which is read as
-            it is. None means ``$ZOO_DATA/cifar10`` where that has them, else ``data``.
+            the binary one (``cifar-10-batches-bin`` or what is in it), or the ``.tar.gz`` of either (or its path),
+            which is read as it is. None means ``$ZOO_DATA/cifar10`` where that has them, else ``data``.
         download: Fetch the python version to ``root`` if there is none, verified by torchvision's checksum.
         batch_size: Images of a global training batch: all processes together.
         eval_batch_size: Images per process in validation, test and prediction.
@@ -101,8 +101,8 @@ class CIFAR100DataModule(InMemoryDataModule):
 
     Args:
         root: Folder with an official version of the data: the python one (``cifar-100-python`` or what is in it), the
-            binary one (``cifar-100-binary`` or what is in it), or the ``.tar.gz`` of either, which is read as it is.
-            None means ``$ZOO_DATA/cifar100`` where that has them, else ``data``.
+            binary one (``cifar-100-binary`` or what is in it), or the ``.tar.gz`` of either (or its path), which is
+            read as it is. None means ``$ZOO_DATA/cifar100`` where that has them, else ``data``.
         download: Fetch the python version to ``root`` if there is none, verified by torchvision's checksum.
         batch_size: Images of a global training batch: all processes together.
         eval_batch_size: Images per process in validation, test and prediction.
@@ -239,14 +239,15 @@ def _root(root: str | None, folder: str, versions: list[Version]) -> Path:
 
 
 def find_cifar(root: Path, versions: list[Version]) -> tuple[Path, Version] | None:
-    """The folder with all files of a version, or else its archive, in ``root``; None if there is neither."""
+    """The folder with all files of a version, or else its archive, in ``root`` or being ``root``; else None."""
     for version in versions:
         for folder in (root / version.folder, root):
             if all((folder / name).is_file() for name in version.train | version.test):
                 return folder, version
     for version in versions:
-        if (root / version.archive).is_file():
-            return root / version.archive, version
+        for archive in (root / version.archive, root):
+            if archive.name == version.archive and archive.is_file():
+                return archive, version
     return None
 
 
@@ -309,7 +310,7 @@ def read_labelled_images(root: Path, versions: list[Version], train: bool, num_c
         if hashlib.md5(contents.pop(name), usedforsecurity=False).hexdigest() != md5:
             foreign.append(name)
     if foreign:
-        rank_zero_warn(f"{place}: {', '.join(foreign)} differ from the official files, judged by their md5")
+        rank_zero_warn(f"{place}: these differ from the official files, judged by their md5: {', '.join(foreign)}")
     images, labels = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     return torch.from_numpy(images).view(-1, 3, 32, 32), torch.from_numpy(labels)
 

@@ -154,14 +154,16 @@ def assert_read(data, data_set):
 @not_official
 @both
 @pytest.mark.parametrize("version", ["python", "binary"])
-@pytest.mark.parametrize("place", ["folder", "its files", "archive"])
+@pytest.mark.parametrize("place", ["folder", "its files", "archive", "its path"])
 def test_official_versions_are_read(data_set, version, place, tmp_path):
     folder, contents = FOLDERS[data_set][version], files_of(data_set, version)
-    if place == "archive":
-        (tmp_path / ARCHIVES[data_set][version]).write_bytes(archive_of(folder, contents))
+    archive = tmp_path / ARCHIVES[data_set][version]
+    if place in ("archive", "its path"):
+        archive.write_bytes(archive_of(folder, contents))
     else:
         write_folder(tmp_path / folder, contents)
-    data = MODULES[data_set](root=str(tmp_path / folder if place == "its files" else tmp_path), download=False)
+    root = {"its files": tmp_path / folder, "its path": archive}.get(place, tmp_path)
+    data = MODULES[data_set](root=str(root), download=False)
     before = sorted(tmp_path.rglob("*"))
     data.prepare_data()
     assert_read(data, data_set)
