@@ -1,0 +1,117 @@
+"""Weights that torchvision published: by name, from its cache, from a server, and what can go wrong."""
+
+import hashlib
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from torchvision.models import SqueezeNet1_0_Weights, squeezenet1_0
+
+from zoo import LeNet, SqueezeNet
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """An empty torch hub."""
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(str(tmp_path / "hub"))
+    yield tmp_path / "hub" / "checkpoints"
+    torch.hub.set_dir(before)
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A network of torchvision's, in a file as it publishes them: named by the first digits of its hash."""
+    torch.manual_seed(0)
+    network = squeezenet1_0(weights=None)
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
+    return network, (tmp_path / "w.pth").rename(tmp_path / f"squeezenet1_0-{digest[:8]}.pth")
+
+
+@pytest.fixture
+def server(published, monkeypatch):
+    """Serves that file in place of torchvision's."""
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *arguments):
+            pass
+
+    _, path = published
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=path.parent))
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{http.server_port}/{path.name}"
+    monkeypatch.setattr(SqueezeNet1_0_Weights.IMAGENET1K_V1.value, "url", url)
+    yield asked
+    http.shutdown()
+    http.server_close()
+
+
+@pytest.mark.parametrize("name", ["DEFAULT", "IMAGENET1K_V1"])
+def test_a_name_is_downloaded_once_and_then_read_from_the_cache(name, cache, server, published):
+    network, path = published
+    for _ in range(2):
+        model = SqueezeNet(weights=name)
+        assert torch.equal(model.head.weight, network.classifier[1].weight)
+    assert len(server) == 1
+    assert (cache / path.name).is_file()
+    assert model.class_names[:2] == ["tench", "goldfish"]
+    assert model.hparams.class_names == model.class_names, "a checkpoint must carry them"
+
+
+def test_an_official_file_in_the_cache_needs_no_network(cache, published):
+    network, path = published
+    cache.mkdir(parents=True)
+    path.rename(cache / "squeezenet1_0-b66bff10.pth")
+    model = SqueezeNet(num_classes=5, weights="DEFAULT")
+    assert torch.equal(model.backbone.network.features[0].weight, network.features[0].weight)
+    assert model.class_names == ["0", "1", "2", "3", "4"]
+
+
+def test_without_a_network_the_error_says_which_file_to_bring_and_where_to(cache, monkeypatch):
+    monkeypatch.setattr(
+        SqueezeNet1_0_Weights.IMAGENET1K_V1.value, "url", "http://127.0.0.1:9/squeezenet1_0-b66bff10.pth"
+    )
+    with pytest.raises(
+        FileNotFoundError, match=r"Bring squeezenet1_0-b66bff10\.pth by hand and put it into .*checkpoints"
+    ):
+        SqueezeNet(weights="DEFAULT")
+    assert not list(cache.glob("*.pth"))
+
+
+def test_a_damaged_download_is_refused_and_removed(cache, server, published):
+    _, path = published
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(FileNotFoundError, match="invalid hash value"):
+        SqueezeNet(weights="DEFAULT")
+    assert not list(cache.glob("*.pth"))
+
+
+def test_names_that_there_are_not():
+    with pytest.raises(ValueError, match="no weights IMAGENET1K_V7: there are IMAGENET1K_V1, DEFAULT"):
+        SqueezeNet(weights="IMAGENET1K_V7")
+    with pytest.raises(ValueError, match="torchvision publishes no weights for this LeNet: give a file"):
+        LeNet(weights="DEFAULT")
+
+
+def test_rows_of_classes_with_the_same_name_are_kept(published):
+    network, path = published
+    model = SqueezeNet(3, ["my dog", "tench", "goldfish"], weights=str(path), keep_matching_classes=True)
+    assert torch.equal(model.head.weight[1:], network.classifier[1].weight[:2])
+    assert torch.equal(model.head.bias[1:], network.classifier[1].bias[:2])
+
+
+def test_values_that_are_no_numbers_are_refused(published):
+    network, path = published
+    with torch.no_grad():
+        network.features[0].weight[0] = torch.nan
+    torch.save(network.state_dict(), path)
+    with pytest.raises(ValueError, match=r"no numbers in features\.0\.weight"):
+        SqueezeNet(weights=str(path))
