@@ -4,6 +4,7 @@ The weights file is safetensors (no code, no pickle) with a header of texts: ``c
 constructor's), ``class_names`` (JSON), ``recipe``, ``metrics`` (JSON) and ``licence``.
 """
 
+import inspect
 import json
 import os
 import re
@@ -81,10 +82,11 @@ class Transfer:
 
 def describe(module: LightningModule) -> dict[str, Any]:
     """What rebuilds a module: its public class path and plain constructor arguments, and its classes' names."""
-    hparams = dict(module.hparams).items()
+    # Of its own constructor: Lightning also notes what the task's was given, which the architecture may not take.
+    own = inspect.signature(type(module)).parameters.keys() - set(NOT_SAVED)
     return {
         "class_path": f"zoo.{type(module).__name__}",
-        "arguments": {key: value for key, value in hparams if key not in NOT_SAVED and not key.startswith("_")},
+        "arguments": {key: value for key, value in dict(module.hparams).items() if key in own},
         "class_names": list(getattr(module, "class_names", [])),
     }
 

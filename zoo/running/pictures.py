@@ -82,6 +82,23 @@ def contact_sheet(images: Tensor, captions: list[str], title: str = "", marked: 
     return figure
 
 
+def filters_figure(weights: Tensor, title: str, names: list[str] | None = None) -> "Figure":
+    """The first 64 filters of a layer that looks at pictures, each scaled to [0, 1] by its own range.
+
+    Args:
+        weights: (K, C, H, W): what each of the K outputs looks for. Where C is neither 1 nor 3, the mean over channels.
+        title: Heading of the sheet.
+        names: K captions; none by default.
+    """
+    shown = weights.detach().float()[:64]
+    if shown.shape[1] not in (1, 3):
+        shown = shown.mean(1, keepdim=True)
+    low, high = shown.amin((1, 2, 3), keepdim=True), shown.amax((1, 2, 3), keepdim=True)
+    captions = names[:64] if names else [""] * len(shown)
+    more = f" (64 of {len(weights)})" if len(weights) > 64 else ""
+    return contact_sheet((shown - low) / (high - low).clamp_min(1e-12), captions, f"{title}{more}")
+
+
 def confusion_matrix_figure(confusion: Tensor, class_names: list[str]) -> "Figure":
     """Rows are the true classes with their accuracy, columns the predicted ones.
 
