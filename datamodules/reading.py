@@ -1,0 +1,281 @@
+"""Batches of crops from picture files, read ahead by worker processes, whose place can be saved."""
+
+import copy
+import hashlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.pictures import Picture, centre, random_box, resize, resize_short_side
+from datamodules.sampling import EvaluationBatches, TensorLoader, TrainingBatches
+
+CHUNK = 32  # pictures that a worker reads at a time when it reads all of them
+SKIP = ". Mend or remove it, or have such files left out by --data.init_args.corrupt skip"
+
+
+class PictureSet:
+    """Pictures by index.
+
+    Names are in one array: of a list each worker would come to hold a copy of its own
+    (https://github.com/pytorch/pytorch/issues/13246).
+
+    Args:
+        root: Folder that the names start from.
+        names: Files, bytes (N,).
+        labels: Their classes, int64 (N,).
+        kept: The pictures in memory, if they are kept there.
+    """
+
+    def __init__(self, root: Path, names: np.ndarray, labels: np.ndarray, kept: "KeptPictures | None" = None) -> None:
+        self.root = root
+        self.names = names
+        self.labels = labels
+        self.kept = kept
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        """The file of a picture."""
+        return self.root / os.fsdecode(self.names[index])
+
+    def take(self, indices: np.ndarray) -> "PictureSet":
+        """Some of the pictures."""
+        kept = None if self.kept is None else KeptPictures(self.kept.pieces, self.kept.places[indices])
+        return PictureSet(self.root, self.names[indices], self.labels[indices], kept)
+
+    def fingerprint(self) -> str:
+        """What stays the same as long as these are the same files in the same order, wherever the root is."""
+        return hashlib.sha256(b"\0".join(self.names.tolist())).hexdigest()[:16]
+
+
+class KeptPictures:
+    """Decoded pictures of different sizes in memory: in few large tensors, since to share one costs a file handle.
+
+    Args:
+        pieces: The pixels of many pictures in one tensor each, uint8 (bytes,).
+        places: For each picture its piece, where it begins there, height and width; int64 (N, 4).
+    """
+
+    def __init__(self, pieces: list[Tensor], places: np.ndarray) -> None:
+        self.pieces = pieces
+        self.places = places
+
+    def pixels(self, index: int) -> np.ndarray:
+        """The pixels of a picture, uint8 (H, W, 3); a view."""
+        piece, start, height, width = self.places[index].tolist()
+        return self.pieces[piece][start : start + height * width * 3].view(height, width, 3).numpy()
+
+
+class Crops(Dataset):
+    """Crops of pictures as one batch: what a worker process does.
+
+    A job is ``(seed, epoch, indices)``; its result is uint8 (N, 3, image_size, image_size), or its error.
+
+    Args:
+        pictures: Where from.
+        image_size: Side of the crops.
+        resize_size: Short side of a picture of which the centre is cut out.
+        crop_scale: Least share of a picture's area in a random crop; None cuts out the centre.
+    """
+
+    def __init__(self, pictures: PictureSet, image_size: int, resize_size: int, crop_scale: float | None) -> None:
+        self.pictures = pictures
+        self.image_size = image_size
+        self.resize_size = resize_size
+        self.crop_scale = crop_scale
+
+    def __getitems__(self, job: tuple[int, int, list[int]]) -> Tensor | Exception:
+        seed, epoch, indices = job
+        crops = torch.empty(len(indices), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        try:
+            for row, index in enumerate(indices):
+                if self.crop_scale is None:
+                    crops[row] = self.centre(index)
+                else:
+                    crops[row] = self.random(seed, epoch, index, self.crop_scale)
+        except (OSError, ValueError) as error:  # raised by the loader: from here it would come wrapped in a traceback
+            return error
+        return crops
+
+    def centre(self, index: int) -> Tensor:
+        """The middle of a picture, uint8 (3, image_size, image_size)."""
+        if self.pictures.kept is not None:
+            image = torch.from_numpy(self.pictures.kept.pixels(index)).permute(2, 0, 1)
+        else:
+            image = resize_short_side(Picture(self.pictures.path(index)).pixels(), self.resize_size)
+        return centre(image, self.image_size)
+
+    def random(self, seed: int, epoch: int, index: int, least_area: float) -> Tensor:
+        """A random box of a picture, resized to uint8 (3, image_size, image_size)."""
+        rng = np.random.default_rng([seed, epoch, index])
+        size, shrink = self.image_size, 1
+        if self.pictures.kept is not None:
+            pixels = self.pictures.kept.pixels(index)
+            top, left, height, width = random_box(rng, pixels.shape[0], pixels.shape[1], least_area)
+        else:
+            picture = Picture(self.pictures.path(index))
+            top, left, height, width = random_box(rng, picture.height, picture.width, least_area)
+            if picture.is_jpeg:
+                shrink = next((s for s in (8, 4, 2) if min(height, width) >= s * size), 1)
+            pixels = picture.pixels(shrink)
+        rows = slice(round(top / shrink), round((top + height) / shrink))
+        columns = slice(round(left / shrink), round((left + width) / shrink))
+        return resize(pixels[rows, columns], size, size)
+
+
+class WholePictures(Dataset):
+    """Pictures read from end to end, to find those that cannot be and, if asked, to keep the others.
+
+    A job is a list of indices; its result is the pixels of all pictures, uint8 (bytes,), and for each of them its
+    (height, width), what is wrong with it, or the error that has nothing to do with it.
+
+    Args:
+        pictures: Where from.
+        resize_size: Short side of the pictures that are kept; None keeps none.
+    """
+
+    def __init__(self, pictures: PictureSet, resize_size: int | None) -> None:
+        self.pictures = pictures
+        self.resize_size = resize_size
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, list[tuple[int, int] | str | OSError]]:
+        pieces = [torch.empty(0, dtype=torch.uint8)]
+        outcomes: list[tuple[int, int] | str | OSError] = []
+        for index in indices:
+            try:
+                image = self.read(index)
+                pieces.append(image.permute(1, 2, 0).reshape(-1))
+                outcomes.append((image.shape[1], image.shape[2]))
+            except ValueError as error:
+                outcomes.append(str(error))
+            except OSError as error:
+                outcomes.append(error)
+        return torch.cat(pieces), outcomes
+
+    def read(self, index: int) -> Tensor:
+        """A picture to keep, uint8 (3, H, W), or without pixels."""
+        picture = Picture(self.pictures.path(index))
+        if self.resize_size is not None:
+            return resize_short_side(picture.pixels(), self.resize_size)
+        picture.pixels(shrink=8)
+        return torch.empty(3, 0, 0, dtype=torch.uint8)
+
+
+def read_all(
+    pictures: PictureSet, indices: range, resize_size: int | None, workers: int
+) -> tuple[dict[int, str], KeptPictures | None]:
+    """Read pictures from end to end.
+
+    Args:
+        pictures: Where from.
+        indices: Which of them.
+        resize_size: Short side of the pictures that are kept; None keeps none.
+        workers: Processes that read.
+
+    Returns:
+        What is wrong with the pictures that cannot be read, by index; and all pictures, if they are kept.
+
+    Raises:
+        OSError: A file cannot be read for a reason that is not its own.
+    """
+    rank_zero_info(f"reading {len(pictures)} pictures once")
+    chunks = [list(indices[start : start + CHUNK]) for start in range(0, len(indices), CHUNK)]
+    reader = WholePictures(pictures, resize_size)
+    problems: dict[int, str] = {}
+    kept, places = [], np.zeros((len(pictures), 4), dtype=np.int64)
+    loader = _data_loader(reader, chunks, workers)
+    for number, (chunk, (piece, outcomes)) in enumerate(zip(chunks, loader, strict=True)):
+        kept.append(piece.clone())  # out of the memory that is shared with the worker
+        start = 0
+        for index, outcome in zip(chunk, outcomes, strict=True):
+            if isinstance(outcome, OSError):
+                raise outcome
+            if isinstance(outcome, str):
+                problems[index] = outcome
+            else:
+                places[index] = number, start, *outcome
+                start += 3 * outcome[0] * outcome[1]
+    return problems, None if resize_size is None else KeptPictures(kept, places)
+
+
+class PictureLoader(TensorLoader):
+    """Batches ``(images, labels)``, uint8 and int64, whose images are read ahead by worker processes.
+
+    Args:
+        crops: What a worker does.
+        batch_sampler: Which pictures make a batch; its place is that of the last batch that was handed out.
+        workers: Number of processes; 0 reads in this one.
+        pin_memory: Whether to put images where a GPU fetches them fastest.
+    """
+
+    def __init__(
+        self, crops: Crops, batch_sampler: TrainingBatches | EvaluationBatches, workers: int, pin_memory: bool = False
+    ) -> None:
+        super().__init__((torch.from_numpy(crops.pictures.labels),), batch_sampler)
+        self._images = _data_loader(crops, Ahead(batch_sampler), workers, pin_memory)
+
+    @property
+    def _iterator(self) -> Any:
+        """Where Lightning looks for the workers when a run is over, however it ended, to shut them down."""
+        return self._images._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self._images._iterator = iterator
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        # Both begin at the same place, since a generator does nothing before its first batch is taken.
+        for images, (labels,) in zip(self._images, super().__iter__(), strict=True):
+            if isinstance(images, Exception):
+                try:
+                    raise ValueError(f"{images}{SKIP}") if isinstance(images, ValueError) else images
+                finally:
+                    del images  # its traceback leads to this frame: as a cycle it would keep the workers alive
+            yield images, labels
+
+
+class Ahead:
+    """The order of ``batches`` from its place on, as jobs for workers, who take them sooner than it does."""
+
+    def __init__(self, batches: TrainingBatches | EvaluationBatches) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[int, int, list[int]]]:
+        ahead = copy.copy(self.batches)
+        for index in ahead:
+            seed, epoch = (ahead.seed, ahead.epoch) if isinstance(ahead, TrainingBatches) else (0, 0)
+            yield seed, epoch, index.tolist()
+
+
+def _data_loader(dataset: Dataset, jobs: Any, workers: int, pin_memory: bool = False) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=jobs,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_leave_interrupts_to_the_parent,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # its seed for the workers would else be drawn from the run's random numbers
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    """Ctrl+C reaches all processes of a terminal; the run may save and end in order as long as its workers go on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
