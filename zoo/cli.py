@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import shlex
 import sys
 import textwrap
 from collections.abc import Callable
@@ -13,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import zoo
 from zoo import recipes
 from zoo.recipes import RecipeError, refusing, suggest
+from zoo.running.starting import WEIGHTS, finish, is_for_the_user, prepare, quieten
 
 if TYPE_CHECKING:
     from zoo.running.command import RecipeCLI
-    from zoo.running.report import Result, Run
 
 USAGE = f"""zoo {zoo.__version__}: architectures of a computer-vision course as LightningModules, with data and recipes
 
@@ -24,14 +23,25 @@ usage: zoo COMMAND …
 
   zoo list [--json]                          the recipes: what they claim and what was measured
   zoo show ARCHITECTURE [--input CxHxW]      what each layer costs, in the lecture's terms
-  zoo reproduce RECIPE… [--out DIR]          fit, test, hold against the claim, write a report; status 1 on a miss
+  zoo reproduce RECIPE… [--out DIR]          fit, test, hold against the claim, write a report; status 1 on a miss;
+                        [--resume]           also a list of recipes such as lecture, which --resume goes on with
+  zoo check RECIPE [--steps 50]              before training: initial loss, gradients, a batch learnt by heart, step
+                                             sizes, data; status 1 if one is wrong
+  zoo find_lr RECIPE [--min_lr 1e-6]         learning-rate range test: a suggestion, and a picture (--out find_lr.png)
+              [--max_lr 1] [--steps 100]
+  zoo search RECIPE --over KEY=LOW..HIGH[:log] --over KEY=A,B,… [--method random|grid|tpe] [--trials 20]
+             [--epochs N] [--metric val/accuracy] [--keep] [--out DIR]         keys of a recipe against validation
   zoo fit RECIPE [overrides]                 train; RECIPE is a name of `zoo list` or a YAML file
   zoo validate|test|predict RECIPE --ckpt_path FILE|best|last [overrides]
+  zoo test RECIPE --ensemble FILE FILE…      the mean probabilities of several checkpoints
+  zoo predict FILE PICTURE|FOLDER…           pictures of your own, by a .ckpt or .safetensors of the zoo
+              [--top 5] [--out DIR] [--device cpu|cuda|mps]
   zoo export CHECKPOINT --format safetensors|onnx|pt2 [--out FILE]
 
 An override is any key of the recipe: --trainer.max_epochs 3 --data.init_args.root my/data --seed_everything 1.
+--test_time_augmentation flip|flip_shift averages over 2 or 6 views of each picture in test, predict and reproduce.
 A second --config FILE (or the name of an overlay: tensorboard, wandb, wandb_offline, ddp2) is laid over the recipe.
-`zoo fit --help` lists every key; ZOO_TRACEBACK=1 shows where an error came from.
+`zoo fit --help` lists every key, `zoo search --help` a command's options; ZOO_TRACEBACK=1 shows an error's origin.
 """
 
 
@@ -62,15 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     except _HelpWasShown:
         return 0
     except Exception as error:
-        if os.environ.get("ZOO_TRACEBACK") or not _is_for_the_user(error):
+        if os.environ.get("ZOO_TRACEBACK") or not is_for_the_user(error):
             raise
         return _fail(str(error), 2 if isinstance(error, RecipeError) else 1)
-
-
-def _is_for_the_user(error: Exception) -> bool:
-    """Whether the message says what to do; anything else is a bug and keeps its traceback."""
-    names = {"NonFiniteLossError", "MisconfigurationException"}
-    return isinstance(error, OSError | ValueError | ImportError) or type(error).__name__ in names
 
 
 def _fail(message: str, status: int) -> int:
@@ -97,6 +101,13 @@ class _Parser(argparse.ArgumentParser):
             if option not in known:
                 self.error(f"there is no option {option}{suggest(option, known)}")
         return self.parse_args(arguments)
+
+    def split(self, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Parse this command's own options, wherever they are; what is left are overrides of a recipe."""
+        chosen, overrides = self.parse_known_args(arguments)
+        if overrides and not overrides[0].startswith("-"):
+            self.error(f"{overrides[0]!r} is no override, which is --key value")
+        return chosen, overrides
 
     def error(self, message: str) -> NoReturn:
         """Raise what is wrong in place of usage and exit."""
@@ -208,162 +219,113 @@ def _constructor_arguments(name: str, rest: list[str]) -> dict[str, Any]:
 def _run(arguments: list[str]) -> int:
     """``fit``, ``validate``, ``test`` and ``predict``."""
     command, *rest = arguments
+    if command == "predict" and rest and rest[0].endswith(WEIGHTS):
+        return _predict_pictures(arguments)
     if any(argument in ("-h", "--help") for argument in rest):
         from zoo.running.command import RecipeCLI
 
         RecipeCLI([command, "--help"], "")  # prints and exits
     if not rest or rest[0].startswith("-"):
         raise RecipeError(f"zoo {command} needs a recipe first: one of {', '.join(recipes.names())}, or a YAML file")
-    cli = _start(command, rest[0], rest[1:])
+    if command == "test" and "--ensemble" in rest:
+        return _test_ensemble(arguments)
+    return _say_where(finish(prepare(command, rest[0], rest[1:])))
+
+
+def _say_where(cli: "RecipeCLI") -> int:
     folder = cli.trainer.log_dir  # asked by every process: they agree on it together
     if cli.trainer.is_global_zero and folder and not cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
         print(f"files of this run: {folder}")
     return 0
 
 
-def _start(command: str, recipe: str, overrides: list[str]) -> "RecipeCLI":
-    """Run one subcommand of a recipe."""
-    return _finish(_prepare(command, recipe, overrides))
+def _test_ensemble(arguments: list[str]) -> int:
+    parser = _Parser("test", "Test the mean probabilities of several checkpoints.")
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument(
+        "--ensemble", nargs="+", metavar="FILE", help="checkpoints or weights files; * may stand in one"
+    )
+    chosen, overrides = parser.split(arguments[1:])
+    from zoo.running.ensembles import test_ensemble
+
+    return _say_where(test_ensemble(chosen.recipe, chosen.ensemble, overrides))
 
 
-def _finish(cli: "RecipeCLI") -> "RecipeCLI":
-    """Run what was prepared; SIGTERM and Ctrl+C end the process with their usual status."""
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
+def _predict_pictures(arguments: list[str]) -> int:
+    parser = _Parser("predict", "Tell what is on pictures of your own.")
+    parser.add_argument("weights", type=Path, metavar="FILE", help=".ckpt of a run, or .safetensors")
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE|FOLDER", help="folders are searched through")
+    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder; by default predictions")
+    parser.add_argument("--top", type=int, choices=range(1, 6), default=5, help="so many classes of each picture")
+    parser.add_argument("--test_time_augmentation", choices=("flip", "flip_shift"), help="average over 2 or 6 views")
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="by default cuda where there is one, else cpu")
+    parser.add_argument("--batch_size", type=int, default=64, help="pictures at a time")
+    chosen = parser.parse(arguments[1:])
+    from zoo.running.picture_files import predict_pictures
 
-    try:
-        cli.run()
-    except SIGTERMException:
-        sys.exit(128 + cli.asked_to_stop_by())
-    return cli
-
-
-def _prepare(command: str, recipe: str, overrides: list[str]) -> "RecipeCLI":
-    """Model, data and trainer of a recipe; a mistake in the recipe or the overrides is found here."""
-    path = recipes.find(recipe)
-    recipes.read(path)  # its own error for broken YAML
-    name = recipe if path.is_relative_to(recipes.FOLDER) and not recipe.endswith(".yaml") else path.stem
-    overrides = _overlays(overrides)
-    from zoo.running.command import RecipeCLI
-
-    _quieten()
-    return RecipeCLI([command, "--config", str(path), *_resolve_checkpoint(command, name, overrides)], name)
+    quieten()
+    with refusing():
+        broken = predict_pictures(**vars(chosen))
+    return 1 if broken else 0
 
 
-def _quieten() -> None:
-    """Leave out Lightning's advertising and warnings that tell a user of a recipe nothing to do."""
-    import logging
-    import warnings
+def _check(arguments: list[str]) -> int:
+    parser = _Parser("check", "The lecture's checks before training. Overrides of the recipe may follow.")
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("--steps", type=_positive, default=50, help="training steps to look at")
+    chosen, overrides = parser.split(arguments[1:])
+    from zoo.running.checking import check, print_checks
 
-    class NoTips(logging.Filter):
-        def filter(self, record: logging.LogRecord) -> bool:
-            return "Tip:" not in record.getMessage()
-
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(NoTips())
-    # One process without worker processes is the fast way for data in memory; the loggers are chosen by the recipe.
-    for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*",
-                    ".*multiple `ModelCheckpoint`.*",
-                    ".*Checkpoint directory .* exists and is not empty.*",
-                    ".*Detected pickle protocol.*"):  # fmt: skip
-        warnings.filterwarnings("ignore", message)
+    checks = check(chosen.recipe, overrides, chosen.steps)
+    print_checks(checks)
+    return 1 if any(each.state == "failed" for each in checks) else 0
 
 
-def _overlays(overrides: list[str]) -> list[str]:
-    """``--config wandb`` means the overlay of that name, unless there is such a file."""
-    resolved = _apart("--config", ["--config" if override == "-c" else override for override in overrides])
-    for place, argument in enumerate(resolved[:-1]):
-        if argument == "--config":
-            path = recipes.find(resolved[place + 1], recipes.OVERLAYS)
-            recipes.read(path)  # its own error for broken YAML
-            resolved[place + 1] = str(path)
-    return resolved
+def _find_lr(arguments: list[str]) -> int:
+    parser = _Parser("find_lr", "Learning-rate range test. Overrides of the recipe may follow.")
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("--min_lr", type=float, default=1e-6, help="the first rate")
+    parser.add_argument("--max_lr", type=float, default=1.0, help="the last rate")
+    parser.add_argument("--steps", type=_positive, default=100, help="optimizer steps from the first to the last rate")
+    parser.add_argument("--out", type=Path, default=Path("find_lr.png"), help="the picture; by default find_lr.png")
+    chosen, overrides = parser.split(arguments[1:])
+    from zoo.running.range_test import find_lr
+
+    return find_lr(chosen.recipe, overrides, chosen.min_lr, chosen.max_lr, chosen.steps, chosen.out)
 
 
-def _apart(option: str, overrides: list[str]) -> list[str]:
-    """``option=value`` as two arguments, as all others are."""
-    return [part for o in overrides for part in (o.split("=", 1) if o.startswith(f"{option}=") else [o])]
+def _search(arguments: list[str]) -> int:
+    parser = _Parser("search", "Search over keys of a recipe by its validation metric. Overrides may follow.")
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("--over", action="append", required=True, metavar="KEY=VALUES",
+                        help="KEY=LOW..HIGH, KEY=LOW..HIGH:log, or KEY=A,B,C; may be given several times")  # fmt: skip
+    parser.add_argument("--method", choices=("random", "grid", "tpe"), default="random")
+    parser.add_argument("--trials", type=_positive, default=20, help="at most so many")
+    parser.add_argument("--epochs", type=_positive, help="of a trial; by default the recipe's")
+    parser.add_argument("--metric", help="by default what the model's best checkpoint is chosen by")
+    parser.add_argument("--keep", action="store_true", help="keep each trial's files and checkpoints")
+    parser.add_argument("--out", type=Path, help="folder; by default the next runs/RECIPE/search_<n>")
+    chosen, overrides = parser.split(arguments[1:])
+    from zoo.running.search import search
+
+    return search(overrides=overrides, **vars(chosen))
 
 
-def _resolve_checkpoint(command: str, recipe: str, overrides: list[str]) -> list[str]:
-    """``--ckpt_path best`` and ``last`` mean those of the recipe's newest run that has one."""
-    from zoo.running.command import newest_checkpoint
-
-    overrides = _apart("--ckpt_path", overrides)
-    if "--ckpt_path" not in overrides[:-1]:
-        return overrides
-    place = overrides.index("--ckpt_path") + 1
-    asked = overrides[place]
-    if asked not in ("best", "last") and "://" not in asked and not Path(asked).is_file():
-        raise RecipeError(f"there is no checkpoint {asked!r}: --ckpt_path expects a file, best or last")
-    if asked in ("best", "last"):
-        found = newest_checkpoint(recipe, asked)
-        if found is None and command == "fit":
-            print(f"no {asked}.ckpt under runs/{recipe} yet: training starts from the beginning")
-            return overrides[: place - 1] + overrides[place + 1 :]
-        if found is None:
-            raise RecipeError(f"there is no run with a {asked}.ckpt under runs/{recipe}: run `zoo fit {recipe}` first")
-        overrides[place] = str(found)
-    return overrides
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, not {text!r}")
+    return int(text)
 
 
 def _reproduce(arguments: list[str]) -> int:
     parser = _Parser("reproduce", "Fit, test, hold against the claim, write a report. Status 1 on a miss.")
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE")
-    parser.add_argument("--out", type=Path, help="folder of the report; by default that of the (last) run")
-    split = next((i for i, a in enumerate(arguments[1:], 1) if a.startswith("--") and a not in ("--out", "--help")),
-                 len(arguments))  # fmt: skip
-    chosen, overrides = parser.parse(arguments[1:split]), arguments[split:]
-    if "--out" in overrides:
-        parser.error("--out comes before the overrides")
-    for name in chosen.recipes[1:]:
-        _prepare_with_claims(name, overrides)  # a mistake in the last one shall not cost the first one's training
-    runs = [_reproduce_one(name, overrides) for name in chosen.recipes]
-    results = [result for run in runs for result in run.results]
-    if runs[-1].writes:
-        from zoo.running.report import write_report
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help=f"or a list: {', '.join(recipes.lists())}")
+    parser.add_argument("--out", type=Path, help="folder of the report; by default the run's, of several a new one")
+    parser.add_argument("--resume", action="store_true", help="leave out what the newest such report has")
+    chosen, overrides = parser.split(arguments[1:])
+    from zoo.running.reproducing import reproduce
 
-        path = (chosen.out or runs[-1].folder) / "report.html"
-        write_report(path, runs)
-        _print_results(results)
-        print(f"report: {path}")
-    return 0 if all(result.met for result in results) else 1
-
-
-def _prepare_with_claims(recipe: str, overrides: list[str]) -> "RecipeCLI":
-    cli = _prepare("fit", recipe, overrides)
-    if not cli.config["fit"]["expect"]:
-        raise RecipeError(f"{recipe} has no `expect` to be held against: run it with zoo fit and zoo test")
-    return cli
-
-
-def _reproduce_one(recipe: str, overrides: list[str]) -> "Run":
-    cli = _finish(_prepare_with_claims(recipe, overrides))
-    from zoo.running.report import Run, hold_against
-
-    trainer = cli.trainer
-    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    seconds = cli.timer.time_elapsed("train")
-    # The weights at the end of training, as papers report them: under a schedule that ends at 0 they are better than
-    # those that happened to be best on the validation split.
-    trainer.test(cli.model, cli.datamodule, verbose=False)
-    metrics |= {key: float(value) for key, value in trainer.callback_metrics.items()}
-    trainer.limit_predict_batches = 1
-    trainer.predict(cli.model, cli.datamodule, return_predictions=False)
-    command = shlex.join(["zoo", "reproduce", recipe, *overrides])
-    results = hold_against(recipe, cli.config["fit"]["expect"], metrics)
-    folder = Path(trainer.log_dir or ".")
-    parameters = sum(p.numel() for p in cli.model.parameters())
-    return Run(recipe, type(cli.model).__name__, command, results, folder, seconds, parameters, trainer.is_global_zero)
-
-
-def _print_results(results: list["Result"]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("recipe", "metric", "claimed", "measured", "", box=None, header_style="bold")
-    for r in results:
-        state = "[green]met[/green]" if r.met else "[red]missed[/red]"
-        table.add_row(r.recipe, r.metric, r.claim, "not logged" if r.measured is None else f"{r.measured:.4f}", state)
-    Console().print(table)
+    return reproduce(chosen.recipes, overrides, chosen.out, chosen.resume)
 
 
 def _export(arguments: list[str]) -> int:
@@ -375,7 +337,7 @@ def _export(arguments: list[str]) -> int:
     chosen = parser.parse(arguments[1:])
     from zoo.export import export
 
-    _quieten()
+    quieten()
     with refusing():
         print(export(chosen.checkpoint, chosen.format, chosen.out, chosen.licence))
     return 0
@@ -385,6 +347,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "list": _list,
     "show": _show,
     "reproduce": _reproduce,
+    "check": _check,
+    "find_lr": _find_lr,
+    "search": _search,
     "fit": _run,
     "validate": _run,
     "test": _run,

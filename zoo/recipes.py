@@ -11,6 +11,7 @@ import yaml
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"  # beside this package, in a checkout and in a wheel
 OVERLAYS = "overlays"
+LISTS = "lists"  # recipes that are reproduced together
 CLAIM = ("metric", "at_least", "at_most", "tolerance", "source", "measured", "cost")  # keys of an entry of `expect`
 
 
@@ -46,7 +47,35 @@ def suggest(word: str, known: Iterable[str], alike: float = 0.6) -> str:
 def names() -> list[str]:
     """All recipes, ``architecture/data``, sorted."""
     files = (path.relative_to(FOLDER) for path in FOLDER.glob("*/*.yaml"))
-    return sorted(path.with_suffix("").as_posix() for path in files if path.parts[0] != OVERLAYS)
+    return sorted(path.with_suffix("").as_posix() for path in files if path.parts[0] not in (OVERLAYS, LISTS))
+
+
+def lists() -> list[str]:
+    """The names of the lists of recipes, sorted."""
+    return sorted(path.stem for path in (FOLDER / LISTS).glob("*.yaml"))
+
+
+def expand(name: str) -> list[str]:
+    """The recipes of a list, by its name or a path to a YAML file with the key ``recipes``; else the name alone.
+
+    Raises:
+        RecipeError: There is no such list, recipe or file, or the list is none.
+    """
+    if name in lists():
+        path = FOLDER / LISTS / f"{name}.yaml"
+    elif name in names():
+        return [name]
+    else:
+        path = Path(name)
+        if not path.is_file():
+            raise RecipeError(f"there is no recipe, list or file {name!r}{suggest(name, [*names(), *lists()], 0.4)}")
+    content = read(path)
+    if "recipes" not in content:
+        return [name]
+    members = content["recipes"]
+    if not isinstance(members, list) or not members or not all(isinstance(member, str) for member in members):
+        raise RecipeError(f"{place([path], 'recipes')}: recipes must be a list of names such as {names()[0]}")
+    return members
 
 
 def find(name: str, folder: str = "") -> Path:
@@ -62,6 +91,8 @@ def find(name: str, folder: str = "") -> Path:
     for path in (Path(name), FOLDER / folder / f"{name}.yaml"):
         if path.is_file():
             return path
+    if name in lists() and not folder:
+        raise RecipeError(f"{name} is a list of recipes: run it with zoo reproduce {name}")
     known = sorted(path.stem for path in (FOLDER / folder).glob("*.yaml")) if folder else names()
     what = "overlay" if folder else "recipe"
     raise RecipeError(f"there is no {what} or file {name!r}{suggest(name, known, alike=0.4) if name else ''}")

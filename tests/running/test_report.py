@@ -1,10 +1,13 @@
 """Reports: claims are held against measurements honestly, and the page stands alone."""
 
+import json
+import math
 import re
+from dataclasses import replace
 
 import pytest
 
-from zoo.running.report import Run, curves_figure, hold_against, read_curves, write_report
+from zoo.running.report import Run, curves_figure, hold_against, read_curves, read_results, write_report
 
 
 def claim(**changes):
@@ -63,13 +66,55 @@ def test_the_page_needs_nothing_beside_it_and_escapes_what_it_shows(run, tmp_pat
     assert page.count("data:image/png;base64,") == 2
     assert "<script>" not in page
     assert "<b>" not in page
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
     for text in ("0.9500", "≥ 0.9", "1,256,080", "zoo reproduce lenet/x", "Environment", "torch"):
         assert text in page
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.html"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"report.html", "results.json"}
 
 
 def test_a_miss_is_said_in_the_heading(run, tmp_path):
     run.results = hold_against("lenet/x", [claim(at_least=0.99)], {"test/accuracy": 0.95})
     write_report(tmp_path / "report.html", [run])
     assert "a claim was missed" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_several_runs_have_a_table_of_contents_and_a_failed_one_says_why(run, tmp_path):
+    failed = replace(
+        run, recipe="lenet/y", error="OSError: <disk> full", results=hold_against("lenet/y", [claim()], {})
+    )
+    missed = replace(run, recipe="lenet/z", results=hold_against("lenet/z", [claim()], {"test/accuracy": 0.5}))
+    write_report(tmp_path / "report.html", [run, failed, missed], "ladder", ["lenet/last"])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h1>ladder: 1 of 3 claims met, 1 recipe failed, 1 not run yet</h1>" in page
+    assert "OSError: &lt;disk&gt; full" in page
+    assert "Not run yet: lenet/last." in page
+    for name in ("lenet/x", "lenet/y", "lenet/z"):
+        assert f'<a href="#{name}">' in page
+        assert f'<h2 id="{name}">' in page
+    assert re.findall(r'<tr class="(\w+)">', page) == ["met", "failed", "missed"]
+
+
+def test_what_is_to_be_said_of_the_data_stands_beside_every_figure(run, tmp_path):
+    run.data_note = "JPEG copy"
+    write_report(tmp_path / "report.html", [run])
+    assert "<td>0.9500 (JPEG copy)</td>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "results.json").read_text())[0]["data_note"] == "JPEG copy"
+
+
+def test_results_are_read_back_as_they_were(run, tmp_path):
+    write_report(tmp_path / "report.html", [run])
+    assert read_results(tmp_path / "results.json") == [run]
+    (content,) = json.loads((tmp_path / "results.json").read_text())
+    assert (content["recipe"], content["results"][0]["measured"], content["results"][0]["met"]) == (
+        "lenet/x",
+        0.95,
+        True,
+    )
+
+
+def test_a_measured_nan_is_null_in_the_results(run, tmp_path):
+    run.results = hold_against("lenet/x", [claim()], {"test/accuracy": math.nan})
+    write_report(tmp_path / "report.html", [run])
+    text = (tmp_path / "results.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)[0]["results"][0]["measured"] is None

@@ -9,10 +9,10 @@ from contextlib import suppress
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, Timer, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -22,13 +22,14 @@ from zoo import recipes
 from zoo.recipes import RecipeError, refusing
 from zoo.running.checkpoint import KeepLast, SafeCheckpointIO, checkpoint_callbacks, read_checkpoint
 from zoo.running.nonfinite import StopOnNonFiniteLoss
-from zoo.running.optimizing import LinearScaling
+from zoo.running.optimizing import EffectiveBatch, LinearScaling
 from zoo.running.parser import NO_VALUE, RecipeParser, reason
 from zoo.running.predictions import WritePredictions
 from zoo.running.profiling import NoProfiler
 from zoo.running.progress import EpochLines
 from zoo.running.provenance import Provenance
 from zoo.running.resume import ExactResume
+from zoo.running.views import TestTimeAugmentation
 
 COMMANDS = ("fit", "validate", "test", "predict")
 LINKED = ("num_classes", "class_names")  # facts of the data that a model is told
@@ -44,10 +45,15 @@ class RecipeCLI(LightningCLI):
     Args:
         args: ``[subcommand, "--config", path, …]``.
         recipe: Name of the recipe; runs are kept below it and checkpoints remember it.
+        trial: Folder of a trial (``zoo check``, ``find_lr``, ``search``), which runs on one device, logs there and
+            nowhere else, and prints no line per epoch. None is a run.
+        keep: Whether a trial writes checkpoints as a run does.
     """
 
-    def __init__(self, args: list[str], recipe: str) -> None:
+    def __init__(self, args: list[str], recipe: str, trial: Path | None = None, keep: bool = False) -> None:
         self.recipe = recipe
+        self.trial = trial
+        self.keep = keep or trial is None
         self.timer = Timer()
         super().__init__(
             LightningModule,
@@ -63,13 +69,19 @@ class RecipeCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``expect`` and ``linear_scaling``, and tell the model the classes of the data."""
+        """Add ``expect``, ``linear_scaling``, ``test_time_augmentation``; tell the model the classes of the data."""
         parser.add_argument("--expect", type=list[dict[str, Any]], default=[], help="What the recipe should give.")
         parser.add_argument(
             "--linear_scaling",
             type=bool,
             default=False,
             help="k processes: k times the batch and the learning rate, after a warm-up over 5,000 steps.",
+        )
+        parser.add_argument(
+            "--test_time_augmentation",
+            type=Literal["flip", "flip_shift"] | None,
+            default=None,
+            help="Average the probabilities over views of each image in test and predict: 2 (flip) or 6 (flip_shift).",
         )
         for fact in LINKED:
             parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
@@ -176,6 +188,13 @@ class RecipeCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, SafeCheckpointIO()]
         config["plugins"] = plugins
+        if self.trial is not None:
+            alone = {"default_root_dir": str(self.trial), "devices": 1, "num_nodes": 1, "strategy": "auto"}
+            for key, value in alone.items():
+                config[key] = value
+        if not self.keep:
+            config["enable_checkpointing"] = False
+            given = [callback for callback in given if not isinstance(callback, Checkpoint)]
         config["logger"] = self._loggers(config.get("logger"))
         config["profiler"] = config.get("profiler") or NoProfiler()
         config["callbacks"] = [*given, *(c for c in self._callbacks(config) if not _configured(c, given))]
@@ -188,6 +207,8 @@ class RecipeCLI(LightningCLI):
 
     def _loggers(self, given: Any) -> Any:
         """The recipe's loggers behind the CSV log that every run keeps, unless logging is switched off."""
+        if self.trial is not None:
+            return CSVLogger(self.trial.parent, name="", version=self.trial.name)
         if given is False:
             return False
         loggers = [] if given in (None, True) else given if isinstance(given, list) else [given]
@@ -196,14 +217,13 @@ class RecipeCLI(LightningCLI):
         return [CSVLogger("runs", name=self.recipe), *loggers]
 
     def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
-        callbacks: list[Callback] = [
-            ExactResume(),
-            StopOnNonFiniteLoss(),
-            Provenance(self.recipe),
-            WritePredictions(),
-            EpochLines(),
-            self.timer,
-        ]
+        callbacks: list[Callback] = [StopOnNonFiniteLoss(), self.timer]
+        if self.keep:
+            callbacks = [ExactResume(), *callbacks, Provenance(self.recipe), WritePredictions()]
+        if self.trial is None:
+            callbacks += [EffectiveBatch(), EpochLines()]
+        if kind := self._get(self.config_init, "test_time_augmentation"):
+            callbacks.append(TestTimeAugmentation(kind))
         if config.get("enable_checkpointing") is not False:
             validates = config.get("limit_val_batches") not in (0, 0.0) and getattr(self.datamodule, "val_size", 1) != 0
             monitor = getattr(self.model, "monitor", None) if validates else None

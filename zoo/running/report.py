@@ -3,9 +3,12 @@
 import base64
 import csv
 import html
+import json
+import math
 import os
 import platform
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +66,23 @@ class Run:
     training_seconds: float
     parameters: int
     writes: bool = True  # whether this process is the one that writes the report
+    data_note: str = ""  # what the data module says of its files, where they are not the official ones
+    error: str = ""  # what ended the run before it was measured
+
+    @property
+    def met(self) -> bool:
+        """Whether the run came to its end and every claim was met."""
+        return not self.error and all(result.met for result in self.results)
+
+    def state_of(self, result: Result) -> str:
+        """``met``, ``missed`` or ``failed``."""
+        return "failed" if self.error else "met" if result.met else "missed"
+
+    def measured(self, result: Result) -> str:
+        """A measured value as people read it, with what is to be said of the data."""
+        if result.measured is None:
+            return "" if self.error else "not logged"
+        return f"{result.measured:.4f}" + (f" ({self.data_note})" if self.data_note else "")
 
 
 def hold_against(recipe: str, expect: list[dict[str, Any]], metrics: dict[str, float]) -> list[Result]:
@@ -82,21 +102,69 @@ def hold_against(recipe: str, expect: list[dict[str, Any]], metrics: dict[str, f
     return results
 
 
-def write_report(path: Path, runs: list[Run]) -> None:
-    """Write the page of one or several runs, complete or not at all."""
-    sections = "\n".join(_section(run) for run in runs)
-    verdict = "every claim was met" if all(r.met for run in runs for r in run.results) else "a claim was missed"
-    title = ", ".join(run.recipe for run in runs)
+def write_report(path: Path, runs: list[Run], title: str = "", to_come: Sequence[str] = ()) -> None:
+    """Write the page of one or several runs, and ``results.json`` beside it, each complete or not at all.
+
+    Args:
+        path: The page.
+        runs: What it tells of.
+        title: Its heading; by default the recipes.
+        to_come: Recipes that belong to it and have not been run yet.
+    """
+    title = title or ", ".join(run.recipe for run in runs)
     page = PAGE.format(
         title=html.escape(title),
-        verdict=verdict,
+        verdict=_verdict(runs, to_come),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        results=_results_table([result for run in runs for result in run.results]),
-        sections=sections,
+        contents=_contents(runs) if len(runs) > 1 else "",
+        results=_results_table(runs),
+        to_come=f"<p>Not run yet: {html.escape(', '.join(to_come))}.</p>" if to_come else "",
+        sections="\n".join(_section(run) for run in runs),
         environment=_definitions(environment()),
     )
     with replacing(path) as partial:
         partial.write_text(page, encoding="utf-8")
+    with replacing(path.with_name("results.json")) as partial:
+        partial.write_text(json.dumps([_plain(run) for run in runs], indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def read_results(path: Path) -> list[Run]:
+    """The runs that a ``results.json`` tells of.
+
+    Raises:
+        json.JSONDecodeError: The file is no JSON.
+        KeyError, TypeError: It is not one that :func:`write_report` wrote.
+    """
+    runs = []
+    for content in json.loads(path.read_text(encoding="utf-8")):
+        results = [Result(**{k: v for k, v in result.items() if k != "met"}) for result in content.pop("results")]
+        runs.append(Run(**content | {"results": results, "folder": Path(content["folder"])}))
+    return runs
+
+
+def _plain(run: Run) -> dict[str, Any]:
+    """A run as JSON has it; a measured value that is no number is null."""
+    results = [asdict(result) | {"met": not run.error and result.met} for result in run.results]
+    for result in results:
+        if result["measured"] is not None and not math.isfinite(result["measured"]):
+            result["measured"] = None
+    content = asdict(run) | {"folder": str(run.folder), "results": results}
+    del content["writes"]
+    return content
+
+
+def _verdict(runs: list[Run], to_come: Sequence[str]) -> str:
+    claims = [run.state_of(result) for run in runs for result in run.results]
+    if len(runs) + len(to_come) == 1:
+        return {"met": "every claim was met", "missed": "a claim was missed", "failed": "it failed"}[
+            max(claims, key=["met", "missed", "failed"].index, default="met")
+        ]
+    parts = [f"{claims.count('met')} of {len(claims)} claims met"]
+    if failed := sum(bool(run.error) for run in runs):
+        parts.append(f"{failed} recipe{'s' if failed > 1 else ''} failed")
+    if to_come:
+        parts.append(f"{len(to_come)} not run yet")
+    return ", ".join(parts)
 
 
 def environment() -> dict[str, str]:
@@ -175,25 +243,37 @@ def _section(run: Run) -> str:
     pictures += [_picture(file.read_bytes(), file.stem.replace("_", " ")) for file in files if file.is_file()]
     config = run.folder / "config.yaml"
     facts = {
+        "failed": run.error,
         "architecture": f"{run.architecture}, {run.parameters:,} parameters",
+        "data": run.data_note,
         "training": f"{run.training_seconds:.0f} s",
         "command": run.command,
         "files": str(run.folder),
     }
     settings = html.escape(config.read_text(encoding="utf-8")) if config.is_file() else ""
     return (
-        f"<h2>{html.escape(run.recipe)}</h2>\n{_definitions(facts)}\n{''.join(pictures)}\n"
+        f'<h2 id="{_anchor(run)}">{html.escape(run.recipe)}</h2>\n'
+        f"{_definitions({name: fact for name, fact in facts.items() if fact})}\n{''.join(pictures)}\n"
         f"<details><summary>every setting of the run</summary><pre>{settings}</pre></details>"
     )
 
 
-def _results_table(results: list[Result]) -> str:
+def _anchor(run: Run) -> str:
+    return html.escape(run.recipe.replace(" ", "-"))
+
+
+def _contents(runs: list[Run]) -> str:
+    links = (f'<li><a href="#{_anchor(run)}">{html.escape(run.recipe)}</a></li>' for run in runs)
+    return f"<nav><ol>{''.join(links)}</ol></nav>"
+
+
+def _results_table(runs: list[Run]) -> str:
     rows = []
-    for result in results:
-        measured = "not logged" if result.measured is None else f"{result.measured:.4f}"
-        state = "met" if result.met else "missed"
-        cells = (result.recipe, result.metric, result.claim, measured, state, result.source)
-        rows.append(f'<tr class="{state}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    for run in runs:
+        for result in run.results:
+            state = run.state_of(result)
+            cells = (run.recipe, result.metric, result.claim, run.measured(result), state, result.source)
+            rows.append(f'<tr class="{state}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{name}</th>" for name in ("recipe", "metric", "claimed", "measured", "", "who says so"))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
@@ -222,15 +302,18 @@ table {{ border-collapse: collapse; margin: 1rem 0; }}
 td, th {{ padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #e5e5e5; vertical-align: top; }}
 .facts th {{ font-weight: 600; white-space: nowrap; }} .facts td {{ overflow-wrap: anywhere; }}
 tr.met td:nth-child(5) {{ color: #167a2f; font-weight: 600; }}
-tr.missed td:nth-child(5) {{ color: #b3151d; font-weight: 600; }}
+tr.missed td:nth-child(5), tr.failed td:nth-child(5) {{ color: #b3151d; font-weight: 600; }}
 figure {{ margin: 1.5rem 0; }} figcaption {{ font-weight: 600; }} img {{ max-width: 100%; height: auto; }}
 pre {{ overflow-x: auto; background: #f6f6f6; padding: 1rem; }}
+nav ol {{ columns: 16rem 3; }} a {{ color: #0b57a4; }}
 </style>
 </head>
 <body>
 <h1>{title}: {verdict}</h1>
 <p>{date}</p>
 {results}
+{to_come}
+{contents}
 {sections}
 <h2>Environment</h2>
 {environment}

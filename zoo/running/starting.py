@@ -1,0 +1,133 @@
+"""A recipe and overrides become a run: names and checkpoints are looked up before Lightning is imported."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zoo import recipes
+from zoo.recipes import RecipeError
+
+if TYPE_CHECKING:
+    from zoo.running.command import RecipeCLI
+
+WEIGHTS = (".ckpt", ".safetensors")  # files that zoo.load reads
+
+
+def is_for_the_user(error: Exception) -> bool:
+    """Whether the message says what to do; anything else is a bug and keeps its traceback."""
+    names = {"NonFiniteLossError", "MisconfigurationException"}
+    return isinstance(error, OSError | ValueError | ImportError) or type(error).__name__ in names
+
+
+def finish(cli: "RecipeCLI") -> "RecipeCLI":
+    """Run what was prepared; SIGTERM and Ctrl+C end the process with their usual status."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    try:
+        cli.run()
+    except SIGTERMException:
+        sys.exit(128 + cli.asked_to_stop_by())
+    return cli
+
+
+def prepare(
+    command: str, recipe: str, overrides: list[str], trial: Path | None = None, keep: bool = False
+) -> "RecipeCLI":
+    """Model, data and trainer of a recipe; a mistake in the recipe or the overrides is found here.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        recipe: A name of ``zoo list``, or a YAML file.
+        overrides: ``--key value`` as LightningCLI takes them, and overlays by their name.
+        trial: Folder of a trial, as :class:`zoo.running.command.RecipeCLI` has it; None for a run.
+        keep: Whether a trial writes checkpoints.
+
+    Raises:
+        RecipeError: Something that was asked for cannot be meant.
+    """
+    path = recipes.find(recipe)
+    recipes.read(path)  # its own error for broken YAML
+    name = name_of(recipe)
+    overrides = _overlays(overrides)
+    from zoo.running.command import RecipeCLI
+
+    quieten()
+    arguments = [command, "--config", str(path), *_resolve_checkpoint(command, name, overrides)]
+    return RecipeCLI(arguments, name, trial, keep)
+
+
+def name_of(recipe: str) -> str:
+    """What a recipe is called in ``runs/`` and in checkpoints: its name, or its file's without the suffix."""
+    path = recipes.find(recipe)
+    return recipe if path.is_relative_to(recipes.FOLDER) and not recipe.endswith(".yaml") else path.stem
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Keep Lightning's information (seed, devices) to itself, in commands that start it many times."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
+def quieten() -> None:
+    """Leave out Lightning's advertising and warnings that tell a user of a recipe nothing to do."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    # One process without worker processes is the fast way for data in memory; the loggers are chosen by the recipe.
+    for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*",
+                    ".*multiple `ModelCheckpoint`.*",
+                    ".*Checkpoint directory .* exists and is not empty.*",
+                    ".*Detected pickle protocol.*"):  # fmt: skip
+        warnings.filterwarnings("ignore", message)
+
+
+def _overlays(overrides: list[str]) -> list[str]:
+    """``--config wandb`` means the overlay of that name, unless there is such a file."""
+    resolved = _apart("--config", ["--config" if override == "-c" else override for override in overrides])
+    for place, argument in enumerate(resolved[:-1]):
+        if argument == "--config":
+            path = recipes.find(resolved[place + 1], recipes.OVERLAYS)
+            recipes.read(path)  # its own error for broken YAML
+            resolved[place + 1] = str(path)
+    return resolved
+
+
+def _apart(option: str, overrides: list[str]) -> list[str]:
+    """``option=value`` as two arguments, as all others are."""
+    return [part for o in overrides for part in (o.split("=", 1) if o.startswith(f"{option}=") else [o])]
+
+
+def _resolve_checkpoint(command: str, recipe: str, overrides: list[str]) -> list[str]:
+    """``--ckpt_path best`` and ``last`` mean those of the recipe's newest run that has one."""
+    from zoo.running.command import newest_checkpoint
+
+    overrides = _apart("--ckpt_path", overrides)
+    if "--ckpt_path" not in overrides[:-1]:
+        return overrides
+    place = overrides.index("--ckpt_path") + 1
+    asked = overrides[place]
+    if asked not in ("best", "last") and "://" not in asked and not Path(asked).is_file():
+        raise RecipeError(f"there is no checkpoint {asked!r}: --ckpt_path expects a file, best or last")
+    if asked in ("best", "last"):
+        found = newest_checkpoint(recipe, asked)
+        if found is None and command == "fit":
+            print(f"no {asked}.ckpt under runs/{recipe} yet: training starts from the beginning")
+            return overrides[: place - 1] + overrides[place + 1 :]
+        if found is None:
+            raise RecipeError(f"there is no run with a {asked}.ckpt under runs/{recipe}: run `zoo fit {recipe}` first")
+        overrides[place] = str(found)
+    return overrides
