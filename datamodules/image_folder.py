@@ -5,6 +5,7 @@ neither on the number of workers nor on where a run was interrupted. In training
 than what is asked of it is decoded at 1/2, 1/4 or 1/8 of its size.
 """
 
+import hashlib
 import math
 import os
 import re
@@ -97,7 +98,7 @@ class ImageFolderDataModule(LightningDataModule):
         self.val_size = val_size
         self.test_size = test_size
         self.split_seed = split_seed
-        self.workers = min(4, os.cpu_count() or 1) if workers is None else workers
+        self.workers = min(4, _processors()) if workers is None else workers
         self.crop_scale = crop_scale
         self.augment = BatchAugmentation(flip=flip, jitter=jitter, mixup=mixup, cutmix=cutmix)
         self.corrupt = corrupt
@@ -152,6 +153,19 @@ class ImageFolderDataModule(LightningDataModule):
     def predict_dataloader(self) -> PictureLoader:
         """The test pictures, in order."""
         return self._evaluation_loader(self.test_set)
+
+    def evaluation_dataloader(self, split: Literal["train", "val", "test"]) -> PictureLoader:
+        """The pictures of a split in order, as an evaluation sees them: also those of training, their centres."""
+        return self._evaluation_loader({"train": self.train_set, "val": self.val_set, "test": self.test_set}[split])
+
+    def fingerprint(self, split: Literal["train", "val", "test"]) -> str:
+        """A text that changes when a file of a split, their order, or the images' size changes."""
+        pictures = _ready({"train": self.train_set, "val": self.val_set, "test": self.test_set}[split])
+        digest = hashlib.sha256(f"{pictures.fingerprint()} {self.image_size} {self.resize_size}".encode())
+        for name in pictures.names.tolist():
+            file = os.stat(os.path.join(os.fsencode(self.root), name))
+            digest.update(f"{file.st_size} {file.st_mtime_ns} ".encode())
+        return digest.hexdigest()
 
     def on_after_batch_transfer(
         self, batch: tuple[Tensor, Tensor] | Tensor, dataloader_idx: int
@@ -256,6 +270,11 @@ class ImageFolderDataModule(LightningDataModule):
         return PictureLoader(crops, batches, self.workers, pin_memory=on_gpu)
 
 
+def _processors() -> int:
+    """Processors that this process may use, which in a container are fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _ready(value: Any) -> Any:
     if value is None:
         raise RuntimeError("call ImageFolderDataModule.setup() before asking for its batches")
@@ -283,7 +302,8 @@ def find_folders(root: Path) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: ``root`` is no folder.
-        ValueError: There are folders for evaluation, but none for training.
+        ValueError: There are folders for evaluation, but none for training; or what lies in the class folders are
+            folders again.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root.absolute()}: {LAYOUT}")
@@ -293,6 +313,9 @@ def find_folders(root: Path) -> dict[str, Path]:
     for name in (*FOLDERS["val"], *FOLDERS["test"]):
         if subfolders(root / name):
             raise ValueError(f"{root} has a folder {name} with classes but no such folder train: {LAYOUT}")
+    classes = subfolders(root)
+    if classes and all(_holds_folders_only(root / name) for name in classes[:10]):
+        raise ValueError(f"{root / classes[0]} holds folders and no pictures, and so do those beside it: {LAYOUT}")
     return {"train": root}
 
 
@@ -308,14 +331,12 @@ def find_classes(folder: Path) -> list[str]:
     """The class folders, sorted.
 
     Raises:
-        ValueError: There are fewer than two, or what lies in them are folders again.
+        ValueError: There are fewer than two.
     """
     classes = subfolders(folder)
     if len(classes) < 2:
         found = f"only the folder {classes[0]}" if classes else "no folders"
         raise ValueError(f"{folder} has {found}, and a classifier needs two classes at least: {LAYOUT}")
-    if all(_holds_folders_only(folder / name) for name in classes[:10]):
-        raise ValueError(f"{folder / classes[0]} holds folders and no pictures, and so do those beside it: {LAYOUT}")
     return classes
 
 

@@ -121,6 +121,12 @@ def test_hidden_and_foreign_files_are_no_pictures(tmp_path):
     assert names(module.train_set) == ["a/000.jpg", "a/001.jpg", "a/more/x.JPEG", "b/000.jpg", "b/001.jpg"]
 
 
+def test_pictures_may_lie_deeper_in_the_folders_of_a_split(tmp_path):
+    for name in ("train/a/1/x.jpg", "train/a/2/x.jpg", "train/b/1/x.jpg"):
+        write(tmp_path / name)
+    assert data(tmp_path, val_size=0).train_set.labels.tolist() == [0, 0, 1]
+
+
 def test_a_class_may_be_called_train(tmp_path):
     fill(tmp_path, {"train": 3, "bus": 3})
     assert data(tmp_path, stage=None).class_names == ["bus", "train"]
@@ -142,6 +148,7 @@ def test_a_missing_root_is_named(tmp_path):
     [
         (["x.jpg"], "has no folders, and a classifier needs two"),
         (["a/x.jpg"], "has only the folder a"),
+        (["train/a/x.jpg", "val/a/x.jpg"], "train has only the folder a"),
         (["Training/a/x.jpg", "Testing/a/x.jpg"], "Testing holds folders and no pictures"),
         (["val/a/x.jpg", "val/b/x.jpg", "test/a/x.jpg"], "has a folder val with classes but no such folder train"),
     ],
@@ -565,3 +572,16 @@ def test_a_plain_trainer_fits_tests_and_predicts(split):
     assert not multiprocessing.active_children(), "workers outlived their run"
     assert trainer.test(model, module, verbose=False)[0]["test/samples"] == 5
     assert sum(map(len, trainer.predict(model, module))) == 5
+
+
+def test_two_processes_leave_out_the_same_pictures_and_evaluate_each_of_the_others_once(damaged):
+    results = []
+    for strategy, devices in (("auto", 1), ("ddp_fork", 2)):
+        seed_everything(0, verbose=False)
+        module = data(damaged, stage=None, workers=1, corrupt="skip", val_size=12, flip=False)
+        model = LeNet(num_classes=3, class_names=module.class_names, in_channels=3, image_size=16)
+        trainer = Trainer(**QUIET, strategy=strategy, devices=devices, max_epochs=1, enable_checkpointing=False)
+        trainer.fit(model, module)
+        results.append(trainer.test(model, module, verbose=False)[0])
+    assert results[0]["test/samples"] == results[1]["test/samples"] == 11
+    assert results[0] == pytest.approx(results[1], abs=1e-3)  # the global batches are the same
