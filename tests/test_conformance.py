@@ -17,12 +17,13 @@ from PIL import Image
 
 import zoo
 from zoo import recipes
-from zoo.cli import _start, main
+from zoo.cli import main
 from zoo.export import export
 from zoo.running.checkpoint import SafeCheckpointIO, checkpoint_callbacks, read_checkpoint
 from zoo.running.nonfinite import NonFiniteLossError, StopOnNonFiniteLoss
 from zoo.running.report import hold_against
 from zoo.running.resume import ExactResume
+from zoo.running.starting import finish, prepare
 from zoo.weights import describe
 
 ARCHITECTURES = sorted(zoo.ARCHITECTURES)
@@ -52,7 +53,7 @@ def task_of(name: str) -> str:
 def build(name: str, *overrides: str) -> tuple[LightningModule, LightningDataModule]:
     """A fresh model and data of the embedded recipe, as the command line makes them."""
     nothing = ["--trainer.limit_train_batches", "0", "--trainer.limit_val_batches", "0", "--trainer.logger", "false"]
-    cli = _start("fit", f"{folder_of(name)}/embedded", [*nothing, *overrides])
+    cli = finish(prepare("fit", f"{folder_of(name)}/embedded", [*nothing, *overrides]))
     cli.model.trainer = None
     cli.datamodule.trainer = None
     return cli.model, cli.datamodule
