@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from zoo.running.optimizing import SchedulerCallable, configure_optimizers
-from zoo.running.pictures import confusion_matrix_figure, contact_sheet, log_picture
+from zoo.running.pictures import confusion_matrix_figure, contact_sheet, filters_figure, log_picture
 from zoo.weights import Published, describe
 
 WORST = 24  # mistakes that are shown
@@ -145,6 +145,8 @@ class ClassificationTask(LightningModule):
         captions = [f"{m['predicted']} {m['score']:.0%}\nis {m['true']}" for m in mistakes]
         images = torch.stack([m["image"] for m in mistakes]) if mistakes else torch.zeros(0, 1, 1, 1)
         log_picture(self, "test/worst_mistakes", contact_sheet(images, captions, "worst mistakes"))
+        if (filters := self._first_filters()) is not None:
+            log_picture(self, "test/first_layer", filters_figure(filters, "filters of the first layer"))
         self.test_confusion.reset()
         self._mistakes = []
 
@@ -175,6 +177,15 @@ class ClassificationTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in the file what it is, so that ``zoo.load`` can rebuild it without a recipe."""
         checkpoint["zoo"] = describe(self)
+
+    def _first_filters(self) -> Tensor | None:
+        """Weights (K, C, H, W) of the first convolution, if it looks at the image itself with more than one pixel."""
+        channels = self.example_input_array.shape[1]
+        for module in self.backbone.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                seen = module.in_channels == channels in (1, 3) and module.kernel_size[0] > 1
+                return module.weight.detach() if seen else None
+        return None
 
     def _keep_worst(self, images: Tensor, labels: Tensor, logits: Tensor, losses: Tensor) -> None:
         scores, predicted = logits.float().softmax(1).max(1)
