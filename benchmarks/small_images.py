@@ -34,8 +34,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from datamodules import MNISTDataModule
 from datamodules.mnist import FILES, find_idx, read_idx
-from zoo.cli import _prepare
 from zoo.lenet import LeNetBackbone
+from zoo.running.starting import prepare
 
 WARM_UP = 10  # steps before the clock starts
 
@@ -147,7 +147,7 @@ def ours(batch_size: int, steps: int, device: torch.device) -> float:
         "model.init_args.scheduler": "null",
     }
     with tempfile.TemporaryDirectory() as folder, chdir(folder), redirect_stdout(io.StringIO()):
-        cli = _prepare("fit", "lenet/mnist", [f"--{key}={value}" for key, value in overrides.items()])
+        cli = prepare("fit", "lenet/mnist", [f"--{key}={value}" for key, value in overrides.items()])
         cli.trainer.callbacks.append(clock)
         cli.run()
     return clock.seconds

@@ -50,6 +50,7 @@ class CIFAR10DataModule(InMemoryDataModule):
             0 pastes none. With ``mixup``, a coin decides for each batch.
         jitter: Brightness, contrast and saturation of each training image change by factors in [1 - jitter,
             1 + jitter].
+        resize: Side in pixels to which all images are brought on the device; None leaves them at 32.
     """
 
     num_classes = 10
@@ -70,6 +71,7 @@ class CIFAR10DataModule(InMemoryDataModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         jitter: float = 0.0,
+        resize: int | None = None,
     ) -> None:
         super().__init__(
             batch_size,
@@ -83,6 +85,7 @@ class CIFAR10DataModule(InMemoryDataModule):
             mixup,
             cutmix,
             jitter,
+            resize,
         )
         self.root = _root(root, "cifar10", CIFAR10)
         self.download = download
@@ -120,6 +123,7 @@ class CIFAR100DataModule(InMemoryDataModule):
             0 pastes none. With ``mixup``, a coin decides for each batch.
         jitter: Brightness, contrast and saturation of each training image change by factors in [1 - jitter,
             1 + jitter].
+        resize: Side in pixels to which all images are brought on the device; None leaves them at 32.
     """
 
     num_classes = 100
@@ -151,6 +155,7 @@ class CIFAR100DataModule(InMemoryDataModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         jitter: float = 0.0,
+        resize: int | None = None,
     ) -> None:
         super().__init__(
             batch_size,
@@ -164,6 +169,7 @@ class CIFAR100DataModule(InMemoryDataModule):
             mixup,
             cutmix,
             jitter,
+            resize,
         )
         self.root = _root(root, "cifar100", CIFAR100)
         self.download = download

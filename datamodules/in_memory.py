@@ -1,12 +1,13 @@
 """Labelled images of one size that fit in memory: uint8 tensors, batches by index, whole-batch work on the device."""
 
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
+from torch.nn import functional as F
 
 from datamodules.augmentation import BatchAugmentation
 from datamodules.sampling import EvaluationBatches, TensorLoader, TrainingBatches
@@ -35,6 +36,8 @@ class InMemoryDataModule(LightningDataModule):
             0 pastes none. With ``mixup``, a coin decides for each batch.
         jitter: Brightness, contrast and saturation of each training image change by factors in [1 - jitter,
             1 + jitter].
+        resize: Side in pixels to which all images are brought on the device, after augmentation, by bilinear
+            interpolation; None leaves them as they are.
 
     Raises:
         ValueError: A number is too small, ``val_size`` leaves nothing to train on, or ``train_size`` asks for more.
@@ -56,15 +59,18 @@ class InMemoryDataModule(LightningDataModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         jitter: float = 0.0,
+        resize: int | None = None,
     ) -> None:
         super().__init__()
-        if eval_batch_size < 1:
-            raise ValueError(f"eval_batch_size={eval_batch_size} must be at least 1")
+        for name, value in (("eval_batch_size", eval_batch_size), ("resize", 1 if resize is None else resize)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_size = val_size
         self.train_size = train_size
         self.split_seed = split_seed
+        self.resize = resize
         self.augment = BatchAugmentation(translate, flip, jitter, cutout, mixup, cutmix)
         self.train_set: tuple[Tensor, Tensor] | None = None
         self.val_set: tuple[Tensor, Tensor] | None = None
@@ -150,8 +156,25 @@ class InMemoryDataModule(LightningDataModule):
         images, labels = batch
         if self.trainer is not None and self.trainer.training:
             self._mean = self._mean.to(images.device)
-            return self.augment(images, labels, self.num_classes, self._mean)
-        return images.float().div_(255), labels
+            images, labels = self.augment(images, labels, self.num_classes, self._mean)
+        else:
+            images = images.float().div_(255)
+        if self.resize is not None:
+            images = F.interpolate(images, size=(self.resize, self.resize), mode="bilinear", antialias=True)
+        return images, labels
+
+    def evaluation_dataloader(self, split: Literal["train", "val", "test"]) -> TensorLoader:
+        """The images of a split in order, as an evaluation sees them: also those of training, without augmentation."""
+        return self._evaluation_loader({"train": self.train_set, "val": self.val_set, "test": self.test_set}[split])
+
+    def fingerprint(self, split: Literal["train", "val", "test"]) -> str:
+        """A text that changes when the images of a split, as an evaluation sees them, or their labels change."""
+        tensors = {"train": self.train_set, "val": self.val_set, "test": self.test_set}[split]
+        images, labels = self._on_device(tensors)
+        digest = hashlib.sha256(f"{tuple(images.shape)} {self.resize}".encode())
+        for tensor in (images, labels):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def _evaluation_loader(self, tensors: tuple[Tensor, Tensor] | None) -> TensorLoader:
         images, labels = self._on_device(tensors)

@@ -8,6 +8,7 @@ import torch
 from lightning import LightningModule, Trainer
 
 from datamodules import DigitsDataModule
+from datamodules.in_memory import InMemoryDataModule
 
 STAGES = ["fit", "test"]
 
@@ -249,3 +250,54 @@ def test_training_without_validation_runs():
     model, _ = fit(DigitsDataModule(image_size=8, val_size=0, batch_size=479), max_epochs=1)
     assert len(model.train_batches) == 3
     assert model.val_batches == []
+
+
+def test_all_images_are_brought_to_a_size_after_augmentation():
+    from torch.nn import functional as F
+
+    small, large = CIFARLike(), CIFARLike(resize=40)
+    batch = torch.arange(2 * 3 * 8 * 8, dtype=torch.uint8).view(2, 3, 8, 8), torch.tensor([0, 1])
+    images, _ = small.on_after_batch_transfer(batch, 0)
+    enlarged, labels = large.on_after_batch_transfer(batch, 0)
+    assert torch.equal(labels, batch[1])
+    torch.testing.assert_close(enlarged, F.interpolate(images, scale_factor=5, mode="bilinear"), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="resize=0"):
+        CIFARLike(resize=0)
+
+
+def test_an_evaluation_sees_the_training_images_as_they_are():
+    data = DigitsDataModule(image_size=8, translate=2, eval_batch_size=100)
+    data.setup("fit")
+    batches = [data.on_after_batch_transfer(batch, 0) for batch in data.evaluation_dataloader("train")]
+    images = torch.cat([images for images, _ in batches])
+    assert torch.equal(images, data.train_set[0].float() / 255)
+    assert torch.equal(torch.cat([labels for _, labels in batches]), data.train_set[1])
+
+
+def test_a_fingerprint_changes_with_images_labels_and_size():
+    def fingerprint(change=None, **arguments):
+        data = CIFARLike(**arguments)
+        data.setup("fit")
+        if change:
+            change(data.train_set)
+        return data.fingerprint("train")
+
+    known = fingerprint()
+    assert fingerprint() == known
+    others = {
+        fingerprint(resize=9),
+        fingerprint(lambda tensors: tensors[0][0, 0, 0].add_(1)),
+        fingerprint(lambda tensors: tensors[1][0].add_(1)),
+    }
+    assert len(others) == 3
+    assert known not in others
+
+
+class CIFARLike(InMemoryDataModule):
+    num_classes, class_names = 2, ["a", "b"]
+
+    def __init__(self, resize=None):
+        super().__init__(2, 2, 2, 0, resize=resize)
+
+    def read(self, train):
+        return torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2
