@@ -148,7 +148,8 @@ def _lines(node: yaml.Node | None, parts: list[str]) -> list[int]:
     """The lines of ``parts``, each below the one before, as far as they are there; looks into lists and init_args."""
     if isinstance(node, yaml.SequenceNode):
         return max((_lines(child, parts) for child in node.value), key=len, default=[])
-    children = {key.value: (key, value) for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    children = {key.value.removesuffix("+"): (key, value) for key, value in pairs}  # `callbacks+` adds to a list
     if parts and parts[0] in children:
         key, value = children[parts[0]]
         return [key.start_mark.line + 1, *_lines(value, parts[1:])]

@@ -381,6 +381,17 @@ def test_lightnings_own_callbacks_work_from_a_recipe(tmp_path, name):
     assert main(["fit", "lenet/embedded", *SHORT, "--config", "own.yaml", "--ckpt_path", "best"]) == 0
 
 
+def test_the_average_is_a_copy_of_the_model_and_not_of_the_command_and_its_data(monkeypatch):
+    """What jsonargparse makes of an optimizer refers to all of them; under DDP they cannot even be copied."""
+    seen = []
+    monkeypatch.setattr(EMA, "on_train_start", lambda self, trainer, module: seen.append((self._average_model, module)))
+    assert main(["fit", "lenet/embedded", "--config", "ema", "--trainer.fast_dev_run", "true"]) == 0
+    ((average, model),) = seen
+    assert average.module.optimizer is model.optimizer
+    assert average.module.scheduler is model.scheduler
+    assert average.module.head.weight is not model.head.weight
+
+
 def test_linear_scaling_goes_with_an_average():
     """Both wrap or copy the module at the same moment."""
 
@@ -393,3 +404,23 @@ def test_linear_scaling_goes_with_an_average():
     scaling.setup(World, model, "fit")
     _, trainer = fit([EMA(0.9)], model=model)
     assert trainer.optimizers[0].param_groups[0]["initial_lr"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "expected"),
+    [
+        (
+            "    - class_path: zoo.running.averaging.EMM",
+            ["own.yaml, line 2: trainer.callbacks", "zoo.running.averaging.EMA?"],
+        ),
+        (
+            "    - class_path: zoo.running.averaging.EMA\n      init_args: {deccay: 0.9}",
+            ["line 4: trainer.callbacks.init_args.deccay", "did you mean decay?"],
+        ),
+    ],
+)
+def test_a_mistake_in_an_added_callback_is_found_where_it_is(tmp_path, capsys, overlay, expected):
+    (tmp_path / "own.yaml").write_text(f"trainer:\n  callbacks+:\n{overlay}\n")
+    assert main(["fit", "lenet/embedded", "--config", "own.yaml"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert not [words for words in expected if words not in error], error

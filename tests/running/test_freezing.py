@@ -274,8 +274,8 @@ def test_what_is_trained_is_said(caplog):
     lines = [record.message for record in caplog.records]
     assert "backbone: 0 parameters trained, 108 frozen" in lines
     assert "head: 15 parameters trained, 0 frozen" in lines
-    assert "the backbone is trained from epoch 1 on, at 0.1 of the rate" in lines
-    assert "epoch 1: the backbone is trained, at 0.1 of the rate" in lines
+    assert "the backbone is trained after 1 epochs, at 0.1 of the rate" in lines
+    assert "the backbone is trained from here on, at 0.1 of the rate" in lines
 
 
 def test_afterwards_the_module_is_as_it_was():

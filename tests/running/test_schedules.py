@@ -208,3 +208,8 @@ def test_a_recipe_names_one_and_it_is_made_for_its_steps(tmp_path, monkeypatch, 
     assert main(["fit", "r.yaml"]) == 0
     assert len(seen) == 8
     assert seen[-1] == pytest.approx(last, rel=1e-9)
+
+
+def test_a_misspelt_one_is_suggested(capsys):
+    assert main(["fit", "lenet/embedded", "--model.init_args.scheduler", "zoo.running.schedules.Cosin"]) == 2
+    assert "did you mean zoo.running.schedules.Cosine" in capsys.readouterr().err

@@ -5,7 +5,9 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -148,6 +150,9 @@ class RecipeCLI(LightningCLI):
                 super().instantiate_classes()
         except RecipeError as error:
             raise RecipeError(reason(str(error))) from error
+        for name, made in list(vars(self.model).items()):
+            if isinstance(made, partial):
+                setattr(self.model, name, _apart_from_the_command(made))
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing: :meth:`run` does it."""
@@ -237,6 +242,14 @@ class RecipeCLI(LightningCLI):
         if self._get(self.config_init, "linear_scaling"):
             callbacks.append(LinearScaling())
         return callbacks
+
+
+def _apart_from_the_command(made: Callable) -> Callable:
+    """A function around an optimizer's or schedule's maker, which refers to parser, trainer and data.
+
+    Whoever copies the model, as averages of weights do, would copy them all, or fail; functions are not copied.
+    """
+    return lambda *arguments: made(*arguments)
 
 
 def _short(option: str) -> str:

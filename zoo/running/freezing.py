@@ -87,12 +87,12 @@ class FreezeBackbone(Callback):
             if trained or frozen:
                 rank_zero_info(f"{name}: {trained:,} parameters trained, {frozen:,} frozen")
         if self.frozen and self.until_epoch is not None:
-            rank_zero_info(f"the backbone is trained from epoch {self.until_epoch} on, at {self.ratio:g} of the rate")
+            rank_zero_info(f"the backbone is trained after {self.until_epoch} epochs, at {self.ratio:g} of the rate")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Release the backbone when its epoch has come."""
         if self._release_if_due(trainer):
-            rank_zero_info(f"epoch {trainer.current_epoch}: the backbone is trained, at {self.ratio:g} of the rate")
+            rank_zero_info(f"the backbone is trained from here on, at {self.ratio:g} of the rate")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Undo a ``model.train()`` that somebody called."""

@@ -19,6 +19,7 @@ HOMES = {
     "callbacks": "lightning.pytorch.callbacks",
     "logger": "lightning.pytorch.loggers",
 }
+OWN_HOMES = ("zoo.running.schedules", "zoo.running.averaging", "zoo.running.freezing")
 GIVEN_CLASS = (  # in jsonargparse's messages, the surest first
     r"import path string: ([\w.]+)",
     r"class_path '([^']+)'",
@@ -99,13 +100,18 @@ def _wrong_class(key: str, message: str) -> str | None:
 def _suggest_class(kind: str, given: str) -> str:
     if kind not in HOMES:
         return ""
-    names = [name for name in dir(import_module(HOMES[kind])) if name[0].isupper()]
-    paths = {name.lower(): f"{HOMES[kind]}.{name}" for name in names}
+    home = given.rpartition(".")[0]
+    if home in OWN_HOMES:  # only what is defined there, not what it imports
+        names = [name for name, value in vars(import_module(home)).items() if getattr(value, "__module__", "") == home]
+    else:
+        home = HOMES[kind]
+        names = dir(import_module(home))
+    paths = {name.lower(): f"{home}.{name}" for name in names if name[0].isupper()}
     asked = given.rsplit(".", 1)[-1].lower()
     near = difflib.get_close_matches(asked, paths, n=2) or [name for name in paths if asked in name][:2]
     if near:
         return f": did you mean {' or '.join(paths[name] for name in near)}?"
-    return f": there are {', '.join(paths.values())}" if len(paths) < 25 else f": look in {HOMES[kind]}"
+    return f": there are {', '.join(paths.values())}" if len(paths) < 25 else f": look in {home}"
 
 
 def _wrong_type(message: str) -> str | None:
