@@ -31,6 +31,8 @@ usage: zoo COMMAND …
               [--max_lr 1] [--steps 100]
   zoo search RECIPE --over KEY=LOW..HIGH[:log] --over KEY=A,B,… [--method random|grid|tpe] [--trials 20]
              [--epochs N] [--metric val/accuracy] [--keep] [--out DIR]         keys of a recipe against validation
+  zoo probe RECIPE [--out probe.safetensors] a linear head on features of the recipe's pretrained backbone, which are
+            [--cache runs/features]          computed once and kept
   zoo fit RECIPE [overrides]                 train; RECIPE is a name of `zoo list` or a YAML file
   zoo validate|test|predict RECIPE --ckpt_path FILE|best|last [overrides]
   zoo test RECIPE --ensemble FILE FILE…      the mean probabilities of several checkpoints
@@ -246,9 +248,9 @@ def _test_ensemble(arguments: list[str]) -> int:
         "--ensemble", nargs="+", metavar="FILE", help="checkpoints or weights files; * may stand in one"
     )
     chosen, overrides = parser.split(arguments[1:])
-    from zoo.running.ensembles import test_ensemble
+    from zoo.running.ensembles import run_ensemble
 
-    return _say_where(test_ensemble(chosen.recipe, chosen.ensemble, overrides))
+    return _say_where(run_ensemble(chosen.recipe, chosen.ensemble, overrides))
 
 
 def _predict_pictures(arguments: list[str]) -> int:
@@ -311,6 +313,20 @@ def _search(arguments: list[str]) -> int:
     return search(overrides=overrides, **vars(chosen))
 
 
+def _probe(arguments: list[str]) -> int:
+    parser = _Parser(
+        "probe", "Fit the head to features of the pretrained backbone. Overrides of the recipe may follow."
+    )
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("--cache", type=Path, default=Path("runs/features"), help="folder of the features' files")
+    parser.add_argument("--out", type=Path, default=Path("probe.safetensors"), help="the weights file to write")
+    chosen, overrides = parser.split(arguments[1:])
+    from zoo.running.probing import probe_recipe
+
+    probe_recipe(chosen.recipe, overrides, chosen.cache, chosen.out)
+    return 0
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number from 1 on, not {text!r}")
@@ -350,6 +366,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "check": _check,
     "find_lr": _find_lr,
     "search": _search,
+    "probe": _probe,
     "fit": _run,
     "validate": _run,
     "test": _run,

@@ -50,12 +50,16 @@ class RecipeCLI(LightningCLI):
         trial: Folder of a trial (``zoo check``, ``find_lr``, ``search``), which runs on one device, logs there and
             nowhere else, and prints no line per epoch. None is a run.
         keep: Whether a trial writes checkpoints as a run does.
+        untrained: Whether ``test`` may use a network without weights: others will speak for it.
     """
 
-    def __init__(self, args: list[str], recipe: str, trial: Path | None = None, keep: bool = False) -> None:
+    def __init__(
+        self, args: list[str], recipe: str, trial: Path | None = None, keep: bool = False, untrained: bool = False
+    ) -> None:
         self.recipe = recipe
         self.trial = trial
         self.keep = keep or trial is None
+        self.untrained = untrained
         self.timer = Timer()
         super().__init__(
             LightningModule,
@@ -117,7 +121,8 @@ class RecipeCLI(LightningCLI):
         """
         subcommand = str(self.config.get("subcommand"))
         path = self.config[subcommand].get("ckpt_path")
-        if not path and subcommand != "fit" and not self.config[subcommand].model.get("init_args.weights"):
+        trained = path or self.config[subcommand].model.get("init_args.weights") or self.untrained
+        if subcommand != "fit" and not trained:
             raise RecipeError(
                 f"zoo {subcommand} {self.recipe} would use a network that has learnt nothing: add --ckpt_path best "
                 "(the newest run's), --ckpt_path FILE or --model.init_args.weights FILE"

@@ -35,7 +35,12 @@ def finish(cli: "RecipeCLI") -> "RecipeCLI":
 
 
 def prepare(
-    command: str, recipe: str, overrides: list[str], trial: Path | None = None, keep: bool = False
+    command: str,
+    recipe: str,
+    overrides: list[str],
+    trial: Path | None = None,
+    keep: bool = False,
+    untrained: bool = False,
 ) -> "RecipeCLI":
     """Model, data and trainer of a recipe; a mistake in the recipe or the overrides is found here.
 
@@ -45,6 +50,7 @@ def prepare(
         overrides: ``--key value`` as LightningCLI takes them, and overlays by their name.
         trial: Folder of a trial, as :class:`zoo.running.command.RecipeCLI` has it; None for a run.
         keep: Whether a trial writes checkpoints.
+        untrained: Whether ``test`` may use a network without weights.
 
     Raises:
         RecipeError: Something that was asked for cannot be meant.
@@ -57,7 +63,7 @@ def prepare(
 
     quieten()
     arguments = [command, "--config", str(path), *_resolve_checkpoint(command, name, overrides)]
-    return RecipeCLI(arguments, name, trial, keep)
+    return RecipeCLI(arguments, name, trial, keep, untrained)
 
 
 def name_of(recipe: str) -> str:
@@ -89,7 +95,7 @@ def quieten() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     # One process without worker processes is the fast way for data in memory; the loggers are chosen by the recipe.
     for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*",
-                    ".*multiple `ModelCheckpoint`.*",
+                    ".*multiple `ModelCheckpoint`.*", ".*have no `val_dataloader`.*",
                     ".*Checkpoint directory .* exists and is not empty.*",
                     ".*Detected pickle protocol.*"):  # fmt: skip
         warnings.filterwarnings("ignore", message)

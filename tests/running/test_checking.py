@@ -1,0 +1,258 @@
+"""Each check before training passes on a sound recipe, fails on one that was spoiled, and leaves nothing behind."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn, optim
+from torch.nn import functional as F
+
+import datamodules
+from zoo import LeNet
+from zoo.cli import main
+from zoo.running.checking import check
+from zoo.tasks.classification import ClassificationTask
+
+SMALL = ["--data.init_args.image_size", "8", "--model.init_args.image_size", "8"]
+STEPS = 12
+LEARNING = ("initial loss", "gradients", "10 samples by heart", "update / weight")
+
+
+def states(*overrides):
+    """The state of each check, and what was found, by name."""
+    rows = check("lenet/embedded", [*SMALL, *overrides], STEPS)
+    assert len({row.name for row in rows}) == len(rows)
+    return {row.name: row.state for row in rows}, {row.name: row.found for row in rows}
+
+
+def spoil(monkeypatch, change):
+    """Change every LeNet at the end of its constructor."""
+    original = LeNet.__init__
+
+    def init(self, *arguments, **named):
+        original(self, *arguments, **named)
+        change(self)
+
+    # The command reads the signature.
+    init.__wrapped__ = original
+    monkeypatch.setattr(LeNet, "__init__", init)
+
+
+def test_a_sound_recipe_passes_and_nothing_is_left_behind(capsys):
+    temporary = set(Path(tempfile.gettempdir()).glob("zoo-check-*"))
+    assert main(["check", "lenet/embedded", *SMALL, "--steps", str(STEPS)]) == 0
+    output = capsys.readouterr().out
+    assert "failed" not in output
+    assert [line.split()[0] for line in output.splitlines()[1:3]] == ["initial", "gradients"]
+    assert "train 1,216, val 180, test 360" in output  # 19 batches of 64; the digits module's own sizes
+    assert list(Path().iterdir()) == []
+    assert set(Path(tempfile.gettempdir()).glob("zoo-check-*")) == temporary
+
+
+def test_the_initial_loss_is_that_of_the_spoiled_head(monkeypatch, capsys):
+    def change(model):
+        nn.init.constant_(model.head.weight, 0)
+        model.head.bias.data = torch.tensor([30.0] + [0.0] * 9)
+
+    spoil(monkeypatch, change)
+    found, said = states()
+    assert found["initial loss"] == "failed"
+    # With these logits the loss is 30 for every digit but 0, and 0 for that.
+    data = datamodules.DigitsDataModule(image_size=8)
+    data.setup("fit")
+    share = float((data.train_set[1] != 0).float().mean())
+    assert float(said["initial loss"]) == pytest.approx(30 * share, abs=3)
+    assert main(["check", "lenet/embedded", *SMALL, "--steps", "1"]) == 1
+    assert "failed" in capsys.readouterr().out
+
+
+def test_a_model_that_starts_from_weights_is_not_held_to_chance(tmp_path):
+    import zoo
+
+    zoo.save(LeNet(image_size=8), tmp_path / "w.safetensors")
+    found, said = states("--model.init_args.weights", str(tmp_path / "w.safetensors"))
+    assert found["initial loss"] == "skipped"
+    assert "starts from weights" in said["initial loss"]
+
+
+def test_the_initial_loss_is_without_dropout_and_augmentation_and_moves_no_statistic(monkeypatch):
+    data = datamodules.DigitsDataModule(image_size=8)
+    data.setup("fit")
+    raw = {tuple((image.float() / 255).flatten().tolist()) for image in data.train_set[0]}
+    seen = {}
+
+    def loss(self, images, labels):
+        if not seen:
+            seen["dropping"] = self.backbone.drop.training
+            seen["normalizing"] = self.backbone.norm.training
+            seen["plain"] = {tuple(image.flatten().tolist()) for image in images} <= raw
+        logits = self(images)
+        return F.cross_entropy(logits, labels), logits
+
+    def change(model):
+        model.backbone.drop = nn.Dropout(0.99)
+        model.backbone.norm = nn.BatchNorm1d(500)
+        plain = model.backbone.forward
+        model.backbone.forward = lambda images: model.backbone.norm(model.backbone.drop(plain(images)))
+
+    moved = []
+    monkeypatch.setattr(ClassificationTask, "training_loss", loss)
+    spoil(monkeypatch, change)
+    original = LeNet.on_train_epoch_start
+    monkeypatch.setattr(
+        LeNet,
+        "on_train_epoch_start",
+        lambda self: (moved.append(int(self.backbone.norm.num_batches_tracked)), original(self)),
+    )
+    found, _ = states()
+    assert seen == {"dropping": False, "normalizing": True, "plain": True}
+    assert moved[0] == 0
+    assert found["10 samples by heart"] == "ok"  # with 99 % dropped it could not be learnt
+
+
+def test_a_parameter_without_a_gradient_is_named(monkeypatch):
+    spoil(monkeypatch, lambda model: setattr(model.backbone, "forgotten", nn.Linear(2, 2)))
+    found, said = states()
+    assert found["gradients"] == "failed"
+    assert said["gradients"] == "none: backbone.forgotten.bias, backbone.forgotten.weight"
+
+
+def test_a_gradient_that_is_always_zero_is_none(monkeypatch):
+    spoil(monkeypatch, lambda model: nn.init.constant_(model.backbone.hidden.bias, -100))
+    found, said = states()
+    assert found["gradients"] == "failed"
+    assert "backbone.conv1.weight" in said["gradients"]
+
+
+def test_a_loss_that_diverges_is_told(monkeypatch):
+    found, said = states(
+        "--model.init_args.optimizer", "torch.optim.SGD", "--model.init_args.optimizer.init_args.lr", "1e9"
+    )
+    assert found["gradients"] == "failed"
+    assert "not finite" in said["gradients"]
+    assert found["10 samples by heart"] == "failed"
+
+
+def test_nothing_is_learnt_by_heart_at_a_rate_of_nothing_and_the_steps_are_told():
+    found, said = states("--model.init_args.optimizer.init_args.lr", "1e-9")
+    assert found["10 samples by heart"] == "failed"
+    assert said["10 samples by heart"].endswith("300 steps")
+    assert found["update / weight"] == "warning"
+    assert found["  head"] == "warning"
+
+
+def test_samples_are_learnt_at_the_constant_rate_without_weight_decay(monkeypatch):
+    groups = []
+    original = optim.SGD.step
+
+    def step(self, *arguments, **named):
+        groups.append((self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]))
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(optim.SGD, "step", step)
+    optimizer = "--model.init_args.optimizer"
+    states(
+        optimizer, "torch.optim.SGD", f"{optimizer}.init_args.lr", "0.1", f"{optimizer}.init_args.weight_decay", "0.5"
+    )
+    assert {decay for _, decay in groups[:STEPS]} == {0.5}
+    assert len({rate for rate, _ in groups[:STEPS]}) == STEPS  # the recipe's cosine
+    assert set(groups[STEPS:]) == {(0.1, 0.0)}
+
+
+def test_the_ratio_is_that_of_the_update_to_the_weights(monkeypatch):
+    """SGD on a loss whose gradient is the weights themselves: each update is the rate times the weights."""
+
+    def loss(self, images, labels):
+        return sum(p.square().sum() / 2 for p in self.parameters()), self(images)
+
+    monkeypatch.setattr(ClassificationTask, "training_loss", loss)
+    optimizer = "--model.init_args.optimizer"
+    found, said = states(optimizer, "torch.optim.SGD", f"{optimizer}.init_args.lr", "0.003",
+                         "--model.init_args.scheduler", "null")  # fmt: skip
+    assert said["  backbone.conv1"] == said["  head"] == "3.0e-03"
+    assert said["update / weight"].startswith("3.0e-03 (median of 4 layers over 12 steps)")
+    assert found["update / weight"] == "ok"
+
+
+@pytest.mark.parametrize("scale", [255.0, 1 / 255, -1.0])
+def test_images_outside_of_their_range_fail(monkeypatch, scale):
+    original = datamodules.DigitsDataModule.on_after_batch_transfer
+
+    def scaled(self, batch, dataloader_idx):
+        images, labels = original(self, batch, dataloader_idx)
+        return images * scale, labels
+
+    monkeypatch.setattr(datamodules.DigitsDataModule, "on_after_batch_transfer", scaled)
+    assert states()[0]["images"] == "failed"
+
+
+def relabel(monkeypatch, change):
+    original = datamodules.DigitsDataModule.read
+
+    def read(self, train):
+        images, labels = original(self, train)
+        return images, change(labels)
+
+    monkeypatch.setattr(datamodules.DigitsDataModule, "read", read)
+
+
+def test_a_class_that_is_never_seen_is_named(monkeypatch):
+    relabel(monkeypatch, lambda labels: torch.where(labels == 7, 1, labels))
+    found, said = states()
+    assert found["classes in training"] == "failed"
+    assert said["classes in training"].startswith("fewest 0 (7), most ")
+
+
+def test_labels_outside_of_their_range_fail(monkeypatch):
+    # Of the test split alone: training with them would stop at once.
+    original = datamodules.DigitsDataModule.read
+
+    def read(self, train):
+        images, labels = original(self, train)
+        return images, labels if train else labels + 1
+
+    monkeypatch.setattr(datamodules.DigitsDataModule, "read", read)
+    found, said = states()
+    assert (found["labels"], said["labels"]) == ("failed", "0 to 10")
+
+
+def test_an_order_that_ignores_the_seed_fails(monkeypatch):
+    original = datamodules.DigitsDataModule.train_dataloader
+    drawn = torch.Generator().manual_seed(0)
+
+    def loader(self):
+        self.train_set = tuple(tensor[torch.randperm(len(self.train_set[1]), generator=drawn.clone_state())]
+                               for tensor in self.train_set)  # fmt: skip
+        torch.rand(1, generator=drawn)
+        return original(self)
+
+    monkeypatch.setattr(datamodules.DigitsDataModule, "train_dataloader", loader)
+    assert states()[0]["first batch"] == "failed"
+
+
+def test_what_does_not_learn_by_gradients_skips_what_is_about_them(monkeypatch):
+    spoil(monkeypatch, lambda model: setattr(model, "automatic_optimization", False))
+    monkeypatch.setattr(ClassificationTask, "configure_optimizers", lambda self: None)
+    found, said = states()
+    assert [found[name] for name in LEARNING] == ["skipped"] * 4
+    assert "does not learn by gradients" in said["initial loss"]
+    assert found["images"] == found["labels"] == found["first batch"] == "ok"
+
+
+def test_an_early_stop_and_a_checkpoint_of_the_recipe_do_not_get_in_the_way(tmp_path):
+    Path("overlay.yaml").write_text(
+        "trainer:\n  callbacks:\n"
+        "  - {class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/loss}}\n"
+        "  - {class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {monitor: val/loss}}\n"
+        "  - {class_path: lightning.pytorch.callbacks.LearningRateMonitor}\n"
+    )
+    found, _ = states("--config", "overlay.yaml", "--trainer.devices", "2", "--data.init_args.val_size", "0")
+    assert "failed" not in found.values()
+    assert found["samples of an epoch"] == "warning"  # nothing is held out
+    assert [path.name for path in Path().iterdir()] == ["overlay.yaml"]
+
+
+def test_a_checkpoint_to_resume_from_is_refused(capsys):
+    assert main(["check", "lenet/embedded", "--ckpt_path", "best"]) == 2
+    assert "leave --ckpt_path out" in capsys.readouterr().err

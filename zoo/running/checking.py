@@ -1,0 +1,454 @@
+"""The lecture's checks before training: initial loss, gradients, a few samples learnt by heart, step sizes, data.
+
+Lecture 11, "Choosing hyperparameters" (steps 1 and 2) and "Track the ratio of weight update to weight magnitude".
+"""
+
+import math
+import random
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import _TunerExitException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from zoo.recipes import RecipeError
+from zoo.running.nonfinite import NonFiniteLossError, StopOnNonFiniteLoss
+from zoo.running.starting import hushed, prepare
+from zoo.running.views import replaced
+
+CHANCE_TOLERANCE = 0.1  # of the initial loss, as a share
+RATIO = (1e-4, 1e-2)  # of the size of an update to that of the weights; the lecture's rule of thumb is 1e-3
+FEW, BY_HEART = 10, 300  # samples to learn by heart, and steps to do it in
+SECONDS = 10.0  # to look at each split
+
+State = Literal["ok", "failed", "warning", "skipped"]
+
+
+@dataclass
+class Check:
+    """One line of the table. Only ``failed`` says that something is wrong."""
+
+    name: str
+    expected: str
+    found: str
+    state: State
+
+
+def check(recipe: str, overrides: list[str], steps: int = 50) -> list[Check]:
+    """Check a recipe in a folder that is removed again; no run, no checkpoint, no log is kept.
+
+    Args:
+        recipe: A name of ``zoo list``, or a YAML file.
+        overrides: Keys of the recipe.
+        steps: Training steps of the recipe to look at.
+
+    Raises:
+        RecipeError: The recipe or an override cannot be meant.
+    """
+    if any(override.split("=")[0] == "--ckpt_path" for override in overrides):
+        raise RecipeError("zoo check looks at the start of a training: leave --ckpt_path out")
+    without_validation = ["--trainer.limit_val_batches", "0", "--trainer.num_sanity_val_steps", "0"]
+    with hushed(), tempfile.TemporaryDirectory(prefix="zoo-check-") as folder:
+        cli = prepare("fit", recipe, [*overrides, *without_validation], trial=Path(folder) / "trial")
+        weights = cli.config["fit"].model.get("init_args.weights")
+        beginning = Beginning(steps, pretrained=weights is not None)
+        # A stop of the recipe's own asks for a validation that is left out here.
+        kept = [callback for callback in cli.trainer.callbacks if not isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
+        cli.trainer.callbacks = [*kept, beginning]  # type: ignore[attr-defined]
+        diverged = ""
+        try:
+            cli.run()
+        except NonFiniteLossError as error:
+            diverged = str(error)
+        rows = list(beginning.checks)
+        if beginning.few is not None:
+            rows += [_gradients(beginning, diverged), _by_heart(cli.model, beginning, cli.trainer, Path(folder))]
+            rows += _ratios(beginning)
+        return [*rows, *_images(beginning), *beginning.data_checks]
+
+
+class Beginning(Callback):
+    """Looks at the first steps of a training, and ends it.
+
+    Args:
+        steps: Optimizer steps to look at.
+        pretrained: Whether the model started from weights.
+    """
+
+    def __init__(self, steps: int, pretrained: bool) -> None:
+        self.steps = steps
+        self.pretrained = pretrained
+        self.checks: list[Check] = []
+        self.data_checks: list[Check] = []
+        self.few: Any = None  # samples as the model gets them, without augmentation
+        self.initial: dict[str, Tensor] = {}
+        self.gradients = Gradients()
+        self.ratios: dict[str, list[float]] = {}
+        self.images = Range()
+        self._before: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the data and the initial loss."""
+        data: LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        self.data_checks = _data(data)
+        with _as_in_an_evaluation(trainer):
+            batch = trainer.strategy.batch_to_device(next(iter(data.train_dataloader())))
+        self.images.update(batch)
+        own = {id(parameter) for parameter in pl_module.parameters()}
+        if not any(id(p) in own for o in trainer.optimizers for group in o.param_groups for p in group["params"]):
+            reason = f"{type(pl_module).__name__} does not learn by gradients: no optimizer has its parameters"
+            names = ("initial loss", "gradients", f"{FEW} samples by heart", "update / weight")
+            self.checks = [Check(name, "", reason, "skipped") for name in names]
+            raise _TunerExitException
+        self.initial = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
+        self.few = _first(batch, FEW)
+        self.checks = [self._initial_loss(trainer, pl_module, batch)]
+        pl_module.load_state_dict(self.initial)  # the forward pass has moved the statistics of batch norms
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Look at the images as training gets them."""
+        self.images.update(batch)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at the gradients, and keep the weights."""
+        scaled = isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler is not None
+        for name, parameter in pl_module.named_parameters():
+            if parameter.requires_grad:
+                self.gradients.update(name, parameter.grad, scaled)
+                if parameter.ndim >= 2:
+                    self._before[name] = parameter.detach().clone()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Compare the weights with those before; end after enough steps."""
+        for name, parameter in pl_module.named_parameters():
+            if name in self._before:
+                size = float(self._before[name].norm())
+                if size:  # a layer that starts at zero has no ratio yet
+                    step = parameter.detach() - self._before[name]
+                    self.ratios.setdefault(name, []).append(float(step.norm()) / size)
+        self._before = {}
+        if trainer.global_step >= self.steps:
+            raise _TunerExitException
+
+    def _initial_loss(self, trainer: Trainer, module: LightningModule, batch: Any) -> Check:
+        expected = getattr(module, "chance_loss", None)
+        name = "initial loss"
+        if self.pretrained:
+            return Check(name, "", "the model starts from weights, which know more than chance", "skipped")
+        with torch.no_grad(), _without_dropout(module), _silent(module):
+            loss = _loss_of(trainer.strategy.training_step(batch, 0))
+        if not math.isfinite(loss):
+            return Check(name, "a number", f"{loss}", "failed")
+        if expected is None:
+            return Check(name, "", f"{loss:.4f}; {type(module).__name__} has no chance_loss to compare", "skipped")
+        near = abs(loss - expected) <= CHANCE_TOLERANCE * expected
+        return Check(
+            name, f"{expected:.4f} ± {CHANCE_TOLERANCE:.0%} (chance)", f"{loss:.4f}", "ok" if near else "failed"
+        )
+
+
+@dataclass
+class Gradients:
+    """Which parameters have had a gradient: None, or zero at every step, is none."""
+
+    seen: set[str] = field(default_factory=set)
+    moved: set[str] = field(default_factory=set)
+    bad: set[str] = field(default_factory=set)
+
+    def update(self, name: str, gradient: Tensor | None, scaled: bool) -> None:
+        """Count one parameter's gradient; ``scaled``: a loss scaler leaves out steps that overflow."""
+        self.seen.add(name)
+        if gradient is None:
+            return
+        largest = float(gradient.detach().abs().max()) if gradient.numel() else 0.0
+        if not math.isfinite(largest):
+            self.bad |= set() if scaled else {name}
+        elif largest > 0:
+            self.moved.add(name)
+
+
+@dataclass
+class Range:
+    """The smallest and the largest value of the images, of batches that have any."""
+
+    low: float = math.inf
+    high: float = -math.inf
+
+    def update(self, batch: Any) -> None:
+        """Look at a batch as the model gets it."""
+        images = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        if isinstance(images, Tensor) and images.ndim == 4 and images.numel():
+            self.low, self.high = min(self.low, float(images.min())), max(self.high, float(images.max()))
+
+
+@contextmanager
+def _as_in_an_evaluation(trainer: Trainer) -> Iterator[None]:
+    """Data modules augment where ``trainer.training``."""
+    trainer.sanity_checking = True
+    try:
+        yield
+    finally:
+        trainer.training = True
+
+
+@contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    """Batch norms go on as in training, with the batch's statistics; what draws at random does not."""
+    dropping = [
+        m for m in module.modules() if ("Drop" in type(m).__name__ or "Stochastic" in type(m).__name__) and m.training
+    ]
+    for each in dropping:
+        each.eval()
+    try:
+        yield
+    finally:
+        for each in dropping:
+            each.train()
+
+
+@contextmanager
+def _silent(module: LightningModule) -> Iterator[None]:
+    """A step outside of its loop may not log."""
+    with ExitStack() as stack:
+        for name in ("log", "log_dict"):
+            stack.enter_context(replaced(module, name, lambda *_, **__: None))
+        yield
+
+
+def _loss_of(output: Any) -> float:
+    loss = output["loss"] if isinstance(output, dict) else output
+    return math.nan if loss is None else float(loss)
+
+
+def _first(batch: Any, count: int) -> Any:
+    """The first samples of a batch: of its tensors and lists, on whatever level they are."""
+    if isinstance(batch, tuple):
+        return tuple(_first(part, count) for part in batch)
+    if isinstance(batch, dict):
+        return {key: _first(part, count) for key, part in batch.items()}
+    return batch[:count].clone() if isinstance(batch, Tensor) else batch[:count] if isinstance(batch, list) else batch
+
+
+def _gradients(beginning: Beginning, diverged: str) -> Check:
+    gradients, expected = beginning.gradients, "finite and not all zero, for every parameter"
+    if diverged:
+        return Check("gradients", expected, diverged.split(". ")[0], "failed")
+    still = sorted(gradients.seen - gradients.moved - gradients.bad)
+    wrong = [f"not finite: {_some(sorted(gradients.bad))}"] if gradients.bad else []
+    wrong += [f"none: {_some(still)}"] if still else []
+    return Check(
+        "gradients", expected, "; ".join(wrong) or f"{len(gradients.seen)} parameters", "failed" if wrong else "ok"
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+class _ByHeart(Callback):
+    """Ends a training when its samples are known by heart."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.accuracy: float | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            if "weight_decay" in group:
+                group["weight_decay"] = 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(_loss_of(outputs))
+        accuracy = trainer.callback_metrics.get("train/accuracy")
+        self.accuracy = None if accuracy is None else float(accuracy)
+        trainer.should_stop = self.known
+
+    @property
+    def known(self) -> bool:
+        """By the accuracy where the task logs it, else by a loss of a tenth of the first."""
+        return self.accuracy == 1 if self.accuracy is not None else self.losses[-1] < 0.1 * self.losses[0]
+
+
+def _by_heart(module: LightningModule, beginning: Beginning, trainer: Trainer, folder: Path) -> Check:
+    """Fit a few samples from the same start, with the recipe's optimizer at a constant rate and no regularization."""
+    name = f"{FEW} samples by heart"
+    module.load_state_dict(beginning.initial)
+    by_heart = _ByHeart()
+    again = Trainer(
+        accelerator=trainer.strategy.root_device.type,
+        devices=1,
+        max_steps=BY_HEART,
+        max_epochs=-1,
+        logger=False,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[by_heart, StopOnNonFiniteLoss()],
+    )
+    batches: DataLoader = DataLoader([beginning.few] * BY_HEART, batch_size=None)  # type: ignore[arg-type]
+    schedule = replaced(module, "scheduler", None) if hasattr(module, "scheduler") else ExitStack()
+    try:
+        with _without_dropout(module), schedule:
+            again.fit(module, batches)
+    except NonFiniteLossError as error:
+        return Check(name, "learnt", str(error).split(". ")[0], "failed")
+    found, expected = f"loss {by_heart.losses[0]:.3g} to {by_heart.losses[-1]:.3g}", "a tenth of the loss"
+    if by_heart.accuracy is not None:
+        found, expected = f"accuracy {by_heart.accuracy:.2f}, {found}", "accuracy 1.00"
+    state: State = "ok" if by_heart.known else "failed"
+    return Check(name, f"{expected} within {BY_HEART} steps", f"{found}, {len(by_heart.losses)} steps", state)
+
+
+def _ratios(beginning: Beginning) -> list[Check]:
+    """The median over the steps of each layer, and over the layers: a warning where it is far from 1e-3."""
+    low, high = RATIO
+    layers = {name: statistics.median(values) for name, values in beginning.ratios.items()}
+    if not layers:
+        return [Check("update / weight", "", "no parameter with two or more dimensions was trained", "skipped")]
+    steps = max(len(values) for values in beginning.ratios.values())
+
+    def row(name: str, value: float, of: str) -> Check:
+        return Check(name, "about 1e-3", f"{value:.1e}{of}", "ok" if low <= value <= high else "warning")
+
+    of = f" (median of {len(layers)} layers over {steps} steps)"
+    rows = [row("update / weight", statistics.median(layers.values()), of)]
+    return rows + [row(f"  {name.removesuffix('.weight')}", value, "") for name, value in layers.items()]
+
+
+def _images(beginning: Beginning) -> list[Check]:
+    low, high = beginning.images.low, beginning.images.high
+    if high < low:
+        return []
+    found = f"{low:.3g} to {high:.3g}"
+    if 0 <= low < high <= 1:
+        # Divided by 255 twice they would still lie in [0, 1].
+        return [Check("images", "in [0, 1]", found, "ok" if high > 2 / 255 else "failed")]
+    return [Check("images", "in [0, 1]", found, "failed")]
+
+
+def _data(data: LightningDataModule) -> list[Check]:
+    """Labels, sizes and whether a seed gives the same batches; what a data module does not have is left out."""
+    splits, rows = {"train": _labels(data.train_dataloader())}, []
+    for split, stage in (("val", "validate"), ("test", "test")):
+        try:
+            data.setup(stage)
+            splits[split] = _labels(getattr(data, f"{split}_dataloader")())
+        except Exception as error:  # a data module may raise what it likes where it has no such split
+            rows.append(Check(f"{split} batches", "readable", f"{type(error).__name__}: {error}", "warning"))
+    rows.append(_sizes(splits))
+    classes = getattr(data, "num_classes", None)
+    rows += [_label_range(splits, classes), _classes(splits["train"], classes, data)] if classes else []
+    return [*rows, _same_first_batch(data)]
+
+
+@dataclass
+class _Labels:
+    counts: Counter[int]
+    samples: int
+    complete: bool
+
+
+def _labels(loaders: Any) -> _Labels:
+    """Count the labels of one split, as long as the time allows."""
+    labels, end = _Labels(Counter(), 0, True), time.monotonic() + SECONDS
+    loaders = [loaders] if hasattr(loaders, "__iter__") and not isinstance(loaders, list | tuple) else loaders or []
+    for batch in (batch for loader in loaders for batch in loader):
+        target = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
+        if isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point():
+            labels.counts.update(target.tolist())
+        labels.samples += _samples(batch)
+        if time.monotonic() > end:
+            labels.complete = False
+            break
+    return labels
+
+
+def _samples(batch: Any) -> int:
+    parts: Iterable[Any] = batch.values() if isinstance(batch, dict) else batch
+    first = batch if isinstance(batch, Tensor) else next(iter(parts))
+    return len(first)
+
+
+def _sizes(splits: dict[str, _Labels]) -> Check:
+    told = [f"{name} {s.samples:,}{'' if s.complete else ' or more'}" for name, s in splits.items()]
+    empty = [name for name, split in splits.items() if not split.samples]
+    state: State = "failed" if "train" in empty else "warning" if empty else "ok"
+    return Check("samples of an epoch", "in every split", ", ".join(told), state)
+
+
+def _label_range(splits: dict[str, _Labels], classes: int) -> Check:
+    labels = set().union(*(split.counts for split in splits.values()))
+    expected = f"0 to {classes - 1}"
+    if not labels:
+        return Check("labels", expected, "none that are class numbers", "skipped")
+    inside = min(labels) >= 0 and max(labels) < classes
+    return Check("labels", expected, f"{min(labels)} to {max(labels)}", "ok" if inside else "failed")
+
+
+def _classes(train: _Labels, classes: int, data: LightningDataModule) -> Check:
+    if not train.counts:
+        return Check("classes", "", "no class numbers in the training batches", "skipped")
+    names = getattr(data, "class_names", None) or [str(k) for k in range(classes)]
+    counts = [(train.counts.get(k, 0), str(name)) for k, name in enumerate(names)]
+    fewest, most = min(counts), max(counts)
+    found = f"fewest {fewest[0]:,} ({fewest[1]}), most {most[0]:,} ({most[1]})"
+    state: State = "ok" if fewest[0] else "failed" if train.complete else "warning"
+    return Check("classes in training", f"all {classes}", found, state)
+
+
+def _same_first_batch(data: LightningDataModule) -> Check:
+    first, second = (_seeded_batch(data) for _ in range(2))
+    same = len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return Check(
+        "first batch", "the same for the same seed", "the same" if same else "another", "ok" if same else "failed"
+    )
+
+
+def _seeded_batch(data: LightningDataModule) -> list[Tensor]:
+    seed = torch.initial_seed()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    return _tensors(next(iter(data.train_dataloader())))
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else []
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def print_checks(checks: list[Check]) -> None:
+    """Print the table."""
+    import sys
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colors = {"ok": "green", "failed": "bold red", "warning": "yellow", "skipped": "dim"}
+    table = Table("check", "expected", "found", "", box=None, header_style="bold", padding=(0, 1))
+    for each in checks:
+        table.add_row(Text(each.name), Text(each.expected), Text(each.found), Text(each.state, colors[each.state]))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
