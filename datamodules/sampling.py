@@ -123,8 +123,8 @@ class TrainingBatches:
         """
         if state.get("split", self.split) != self.split:
             raise ValueError(
-                "the checkpoint was trained on other samples: with another split_seed or val_size its validation "
-                "samples would be trained on. Resume with the same data, or start anew with --model.init_args.weights"
+                "the checkpoint was trained on other samples: another split_seed, val_size or train_size would train on "
+                "its validation samples. Resume with the same data, or start anew with --model.init_args.weights"
             )
         mid_epoch = 0 < state["next_batch"] < state["size"] // state["batch_size"]
         for name, now in (("size", self.size), ("batch_size", self.batch_size)):
