@@ -123,8 +123,9 @@ class TrainingBatches:
         """
         if state.get("split", self.split) != self.split:
             raise ValueError(
-                "the checkpoint was trained on other samples: another split_seed, val_size or train_size would train on "
-                "its validation samples. Resume with the same data, or start anew with --model.init_args.weights"
+                "the checkpoint was trained on other samples, by another split_seed, val_size or train_size: its "
+                "validation samples could be among them. Resume with the same data, or start anew with "
+                "--model.init_args.weights"
             )
         mid_epoch = 0 < state["next_batch"] < state["size"] // state["batch_size"]
         for name, now in (("size", self.size), ("batch_size", self.batch_size)):
