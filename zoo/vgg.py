@@ -61,7 +61,7 @@ def vgg_network(
 def _initialize(module: nn.Module) -> None:
     """As He et al. do; torchvision has N(0, 0.01) for linear layers, which suits their full width only."""
     if isinstance(module, nn.Conv2d | nn.Linear):
-        mode = "fan_out" if isinstance(module, nn.Conv2d) else "fan_in"
+        mode: Literal["fan_in", "fan_out"] = "fan_out" if isinstance(module, nn.Conv2d) else "fan_in"
         nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
         nn.init.zeros_(cast(Tensor, module.bias))
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
@@ -81,13 +81,13 @@ def probe(model: LightningModule, data: Any, cache: Path, device: torch.device) 
     }
     best: tuple[float, float, nn.Module] | None = None
     for decay in DECAYS:
-        head = fit_head(copy.deepcopy(model.head), *splits["train"], decay)
-        accuracy = accuracy_of(head, *splits["val"])
+        fitted = fit_head(copy.deepcopy(head), *splits["train"], decay)
+        accuracy = accuracy_of(fitted, *splits["val"])
         if best is None or accuracy > best[0]:
-            best = accuracy, decay, head
+            best = accuracy, decay, fitted
     assert best is not None
     model.head = best[2]
-    accuracies = {split: accuracy_of(model.head, *tensors) for split, tensors in splits.items()}
+    accuracies = {split: accuracy_of(best[2], *tensors) for split, tensors in splits.items()}
     return Probe(accuracies, best[1], len(splits["train"][1]))
 
 
