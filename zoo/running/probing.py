@@ -75,10 +75,9 @@ def probe(model: LightningModule, data: Any, cache: Path, device: torch.device) 
     data.setup("fit")
     data.setup("test")
     model.to(device).eval()
-    known = _digest_of(model.backbone)
-    splits = {
-        split: features_of(model.backbone, data, split, known, cache, device) for split in ("train", "val", "test")
-    }
+    backbone, head = cast(nn.Module, model.backbone), cast(nn.Module, model.head)
+    known = _digest_of(backbone)
+    splits = {split: features_of(backbone, data, split, known, cache, device) for split in ("train", "val", "test")}
     best: tuple[float, float, nn.Module] | None = None
     for decay in DECAYS:
         fitted = fit_head(copy.deepcopy(head), *splits["train"], decay)
