@@ -23,6 +23,7 @@ from torch import Tensor
 from datamodules.download import fetch
 from datamodules.in_memory import InMemoryDataModule
 
+FOREIGN = "not the official files"  # beside every figure of a report that was measured on other ones
 PIXELS = 3 * 32 * 32  # bytes of a picture: the red plane, the green, the blue
 
 
@@ -54,6 +55,7 @@ class CIFAR10DataModule(InMemoryDataModule):
     """
 
     num_classes = 10
+    note = ""  # what a report says of the data, where it is not the official one
     class_names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
     def __init__(
@@ -96,7 +98,9 @@ class CIFAR10DataModule(InMemoryDataModule):
 
     def read(self, train: bool) -> tuple[Tensor, Tensor]:
         """Read images, uint8 (N, 3, 32, 32), and labels, int64 (N,)."""
-        return read_labelled_images(self.root, CIFAR10, train, self.num_classes)
+        images, labels, foreign = read_labelled_images(self.root, CIFAR10, train, self.num_classes)
+        self.note = FOREIGN if foreign else self.note
+        return images, labels
 
 
 class CIFAR100DataModule(InMemoryDataModule):
@@ -127,6 +131,7 @@ class CIFAR100DataModule(InMemoryDataModule):
     """
 
     num_classes = 100
+    note = ""  # what a report says of the data, where it is not the official one
     class_names = [
         "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle",
         "bowl", "boy", "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle",
@@ -180,7 +185,9 @@ class CIFAR100DataModule(InMemoryDataModule):
 
     def read(self, train: bool) -> tuple[Tensor, Tensor]:
         """Read images, uint8 (N, 3, 32, 32), and fine labels, int64 (N,)."""
-        return read_labelled_images(self.root, CIFAR100, train, self.num_classes)
+        images, labels, foreign = read_labelled_images(self.root, CIFAR100, train, self.num_classes)
+        self.note = FOREIGN if foreign else self.note
+        return images, labels
 
 
 class Version(NamedTuple):
@@ -293,8 +300,10 @@ def _unpack(archive: Path, version: Version, folder: Path) -> None:
                 os.replace(Path(partial) / name, folder / name)
 
 
-def read_labelled_images(root: Path, versions: list[Version], train: bool, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Read one split: images uint8 (N, 3, 32, 32) and labels int64 (N,) in ``[0, num_classes)``.
+def read_labelled_images(
+    root: Path, versions: list[Version], train: bool, num_classes: int
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Read one split: images uint8 (N, 3, 32, 32), labels int64 (N,) in ``[0, num_classes)``, names of foreign files.
 
     Files of the right form that are not the official ones are read with one warning that names them all.
 
@@ -318,7 +327,7 @@ def read_labelled_images(root: Path, versions: list[Version], train: bool, num_c
     if foreign:
         rank_zero_warn(f"{place}: these differ from the official files, judged by their md5: {', '.join(foreign)}")
     images, labels = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-    return torch.from_numpy(images).view(-1, 3, 32, 32), torch.from_numpy(labels)
+    return torch.from_numpy(images).view(-1, 3, 32, 32), torch.from_numpy(labels), foreign
 
 
 def _read_folder(folder: Path, files: dict[str, str]) -> dict[str, bytes]:

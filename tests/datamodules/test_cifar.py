@@ -741,3 +741,13 @@ def test_real_pictures_are_read_as_they_were_packed(zoo_data, tmp_path):
     assert all(means[name][2] > means[name][0] for name in ("airplane", "ship"))
     assert all(means[name][2] < means[name][0] for name in ("frog", "deer", "horse"))
     assert len(data.train_set[1]) == 9000
+
+
+@not_official
+@both
+def test_a_report_is_told_when_the_files_are_not_the_official_ones(data_set, tmp_path):
+    write_python(tmp_path, data_set)
+    data = MODULES[data_set](root=str(tmp_path))
+    assert data.note == ""
+    data.read(train=False)
+    assert data.note == "not the official files"
