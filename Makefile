@@ -29,8 +29,8 @@ $(VENV)/.installed-lint: setup.cfg pyproject.toml | $(BIN)/python
 run: $(VENV)/.installed  ## train LeNet-5 on real digits and hold the result against its claim
 	$(BIN)/zoo reproduce lenet/embedded
 
-test: $(VENV)/.installed-test  ## the tests that run in minutes
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-test  ## the tests that run in minutes, on all processors
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-slow: $(VENV)/.installed-test  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -42,6 +42,7 @@ lint: $(VENV)/.installed-lint  ## formatter, linter and type checker
 
 benchmark: $(VENV)/.installed-test  ## images per second against a bare loop and the usual way
 	$(BIN)/python benchmarks/small_images.py $(ARGS)
+	$(BIN)/python benchmarks/classification.py
 
 wheel: $(VENV)/.installed-test  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
