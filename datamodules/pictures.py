@@ -105,7 +105,9 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         raise ValueError("its pixels are floating-point numbers, of which it does not say the range")
     if "transparency" in image.info:
         image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))  # a copy: torch warns of arrays that must not be written to
+    if image.mode != "RGB":  # else it would be copied
+        image = image.convert("RGB")
+    return np.array(image)  # a copy of what Pillow gives: torch warns of arrays that must not be written to
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
