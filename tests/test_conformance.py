@@ -27,7 +27,19 @@ from zoo.running.starting import finish, prepare
 from zoo.weights import describe
 
 ARCHITECTURES = sorted(zoo.ARCHITECTURES)
-NOT_APPLICABLE: dict[tuple[str, str], str] = {}  # (architecture, test) -> reason
+NOT_APPLICABLE: dict[tuple[str, str], str] = {  # (architecture, test) -> reason
+    ("KNearestNeighbors", "test_it_is_final_documented_and_takes_plain_arguments"):
+        "it optimizes nothing, so it has no optimizer and no scheduler; test_knn.py asks the rest of it",
+    ("KNearestNeighbors", "test_it_starts_at_the_loss_of_chance_and_overfits_one_batch"):
+        "it remembers and has no training loss",
+    ("KNearestNeighbors", "test_every_parameter_gets_a_gradient"): "it remembers: there is no backward pass",
+    ("KNearestNeighbors", "test_fine_tuning_to_another_number_of_classes_replaces_the_head_and_only_the_head"):
+        "its memory holds the labels of its classes: with others there is nothing to go on from",
+    ("KNearestNeighbors", "test_bf16_autocast_gives_a_finite_loss"):
+        "it has no training loss; that its outputs are those of full precision is in test_knn.py",
+    ("KNearestNeighbors", "test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch"):
+        "it has no training loss",
+}  # fmt: skip
 
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
 RECIPES = pytest.mark.parametrize("recipe", recipes.names())

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zoo.alexnet import AlexNet
+    from zoo.deep_conv_net import DeepConvNet
+    from zoo.fully_connected import FullyConnectedNet
     from zoo.googlenet import GoogLeNet
+    from zoo.knn import KNearestNeighbors
     from zoo.lenet import LeNet
     from zoo.linear_classifier import LinearClassifier
+    from zoo.preact_resnet import PreActResNet
     from zoo.resnet import ResNet
     from zoo.squeezenet import SqueezeNet
     from zoo.vgg import VGG
@@ -21,16 +25,34 @@ __version__ = "0.1.0"
 
 ARCHITECTURES = {
     "AlexNet": "zoo.alexnet",
+    "DeepConvNet": "zoo.deep_conv_net",
+    "FullyConnectedNet": "zoo.fully_connected",
     "GoogLeNet": "zoo.googlenet",
+    "KNearestNeighbors": "zoo.knn",
     "LeNet": "zoo.lenet",
     "LinearClassifier": "zoo.linear_classifier",
+    "PreActResNet": "zoo.preact_resnet",
     "ResNet": "zoo.resnet",
     "SqueezeNet": "zoo.squeezenet",
     "VGG": "zoo.vgg",
 }
 _FUNCTIONS = {"load": "zoo.weights", "save": "zoo.weights"}
 
-__all__ = ["AlexNet", "GoogLeNet", "LeNet", "LinearClassifier", "ResNet", "SqueezeNet", "VGG", "load", "save"]
+__all__ = [
+    "AlexNet",
+    "DeepConvNet",
+    "FullyConnectedNet",
+    "GoogLeNet",
+    "KNearestNeighbors",
+    "LeNet",
+    "LinearClassifier",
+    "PreActResNet",
+    "ResNet",
+    "SqueezeNet",
+    "VGG",
+    "load",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -79,7 +79,7 @@ class LinearClassifier(ClassificationTask):
         self.loss = loss
         self.example_input_array = torch.zeros(1, len(mean), image_size, image_size)
         self.backbone = standardized(nn.Flatten(), mean, std)
-        self.head = nn.Linear(len(mean) * image_size**2, num_classes)
+        self.head: nn.Linear = nn.Linear(len(mean) * image_size**2, num_classes)
         nn.init.normal_(self.head.weight, std=init_std)
         nn.init.zeros_(self.head.bias)
         if weights is not None:
