@@ -41,8 +41,8 @@ def squeezenet_network(stem: Literal["imagenet", "small"], dropout: float) -> nn
 class SqueezeNetHead(nn.Conv2d):
     """A 1x1 convolution to one map per class, rectified, whose means are the scores (N, num_classes).
 
-    Its bias starts at 1, where torchvision's is 0: softmax does not mind, and no class starts behind a closed rectifier,
-    out of which it would never learn.
+    Its bias starts at 1, where torchvision's is 0: softmax does not mind, and no class starts behind a closed
+    rectifier, out of which it would never learn.
     """
 
     def __init__(self, num_classes: int) -> None:
