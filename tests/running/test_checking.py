@@ -67,6 +67,14 @@ def test_the_initial_loss_is_that_of_the_spoiled_head(monkeypatch, capsys):
     assert "failed" in capsys.readouterr().out
 
 
+def test_a_loss_that_is_a_little_above_chance_is_a_warning(monkeypatch):
+    spoil(monkeypatch, lambda model: setattr(model.head.bias, "data", torch.tensor([1.0, -1.0] * 5)))
+    found, said = states()
+    # Half of the digits have logits of 1, half of -1, nearly: log(5 e + 5 / e) is 2.74 on average.
+    assert float(said["initial loss"]) == pytest.approx(2.74, abs=0.12)
+    assert found["initial loss"] == "warning"
+
+
 def test_a_model_that_starts_from_weights_is_not_held_to_chance(tmp_path):
     import zoo
 
@@ -231,9 +239,10 @@ def test_an_order_that_ignores_the_seed_fails(monkeypatch):
     assert states()[0]["first batch"] == "failed"
 
 
-def test_what_does_not_learn_by_gradients_skips_what_is_about_them(monkeypatch):
+@pytest.mark.parametrize("optimizer", [lambda self: None, lambda self: optim.SGD(self.head.parameters(), lr=0.0)])
+def test_what_does_not_learn_by_gradients_skips_what_is_about_them(monkeypatch, optimizer):
     spoil(monkeypatch, lambda model: setattr(model, "automatic_optimization", False))
-    monkeypatch.setattr(ClassificationTask, "configure_optimizers", lambda self: None)
+    monkeypatch.setattr(ClassificationTask, "configure_optimizers", optimizer)
     found, said = states()
     assert [found[name] for name in LEARNING] == ["skipped"] * 4
     assert "does not learn by gradients" in said["initial loss"]
