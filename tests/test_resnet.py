@@ -1,5 +1,7 @@
 """ResNet against torchvision's, the lecture's figures, and weights that others trained."""
 
+import runpy
+
 import pytest
 import torch
 from torchvision import models
@@ -92,10 +94,27 @@ def test_a_cifar_block_is_the_papers_formula_in_float64():
 def test_published_cifar_weights_load(zoo_data):
     """Keys of data-parallel training (``module.``), the classifier called ``linear``, ImageNet's mean and deviation."""
     model = ResNet(20, num_classes=10, weights=str(zoo_data / "weights" / "resnet20-12fca82f.th"))
-    stored = torch.load(zoo_data / "weights" / "resnet20-12fca82f.th", map_location="cpu", weights_only=True)["state_dict"]
+    stored = torch.load(zoo_data / "weights" / "resnet20-12fca82f.th", map_location="cpu", weights_only=True)[
+        "state_dict"
+    ]
     assert torch.equal(model.head.weight, stored["module.linear.weight"])
     assert torch.equal(model.backbone.network.layer3[2].conv2.weight, stored["module.layer3.2.conv2.weight"])
     assert model.backbone.standardize.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+
+
+@pytest.mark.slow
+def test_published_cifar_weights_have_their_accuracy_on_the_jpeg_copy(zoo_data):
+    """81.0 % of the 10,000 test pictures, as the copy's documentation says of these weights."""
+    images, labels = runpy.run_path(str(zoo_data / "unpack_cifar10.py"))["read_pack"](
+        zoo_data / "cifar10" / "test.jpgpack"
+    )
+    model = ResNet(20, num_classes=10, weights=str(zoo_data / "weights" / "resnet20-12fca82f.th")).eval()
+    right = 0
+    with torch.inference_mode():
+        for start in range(0, 10_000, 500):
+            batch = torch.from_numpy(images[start : start + 500]).view(-1, 3, 32, 32).float() / 255
+            right += int((model(batch).argmax(1) == torch.from_numpy(labels[start : start + 500])).sum())
+    assert right / 10_000 == pytest.approx(0.810, abs=0.002)
 
 
 def test_an_unknown_depth_is_refused():
