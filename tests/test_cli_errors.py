@@ -152,6 +152,18 @@ COMMANDS = [
     ("reproduce members.yaml", ["members.yaml, line 1", "recipes must be a list of names"]),
     ("reproduce good.yaml x=3 --trainer.max_epochs 1", ["no recipe, list or file 'x=3'"]),
     ("fit lecture", ["lecture is a list of recipes", "zoo reproduce lecture"]),
+    ("check", ["zoo check", "RECIPE"]),
+    ("check lenet/mnst", ["no recipe or file 'lenet/mnst'", "did you mean lenet/mnist"]),
+    ("check good.yaml --steps 0", ["--steps", "'0'"]),
+    ("check good.yaml 3", ["'3' is no override"]),
+    ("check good.yaml --trainer.max_epoch 1", ["--trainer.max_epoch", "trainer.max_epochs"]),
+    ("find_lr", ["zoo find_lr", "RECIPE"]),
+    ("search good.yaml", ["zoo search", "--over"]),
+    ("test good.yaml --ensemble", ["--ensemble", "expected at least one argument"]),
+    ("test good.yaml --ensemble text.ckpt empty.ckpt", ["text.ckpt"]),
+    ("fit good.yaml --test_time_augmentation twist", ["--test_time_augmentation", "'flip'", "'twist'"]),
+    ("predict text.ckpt", ["zoo predict", "PICTURE"]),
+    ("predict evil.ckpt good.yaml", ["evil.ckpt is refused"]),
     ("export", ["zoo export", "checkpoint", "--format"]),
     ("export no.ckpt --format pt2", ["no.ckpt"]),
     ("export state_dict.ckpt --format onx", ["--format", "'onx'", "onnx"]),
@@ -290,7 +302,7 @@ def test_a_malicious_file_is_refused_and_its_code_never_runs(file, option, capsy
     assert Path("marker").exists()
 
 
-@pytest.mark.parametrize("command", ["list", "show", "reproduce", "export"])
+@pytest.mark.parametrize("command", ["list", "show", "reproduce", "check", "find_lr", "search", "export"])
 def test_help_is_no_error(command, capsys):
     assert main([command, "--help"]) == 0
     assert f"usage: zoo {command}" in capsys.readouterr().out

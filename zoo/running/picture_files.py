@@ -171,7 +171,7 @@ def _batches(
             images.append(read_picture(path, *shape))
             paths.append(path)
         except Exception as error:
-            broken[path] = f"{type(error).__name__}: {error}".replace(os.fspath(path), "the file").splitlines()[0]
+            broken[path] = f"{type(error).__name__}: {error}".replace(f" '{path}'", "").splitlines()[0]
         if len(images) == batch_size:
             yield paths, torch.stack(images)
             paths, images = [], []
@@ -191,12 +191,13 @@ def _write(out: Path, rows: list[dict[str, Any]], shown: Tensor) -> None:
     with replacing(out / "predictions.jsonl") as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     captions = [f"{_short(row['file'])}\n{row['top'][0][0]} {row['top'][0][1]:.0%}" for row in rows[: len(shown)]]
+    captions = [caption.replace("$", r"\$") for caption in captions]  # no formula
     write_png(contact_sheet(shown, captions, "predictions"), out / "predictions.png")
 
 
 def _short(file: str) -> str:
-    """The file's name, at most 16 letters of it, as it can be drawn."""
-    name = _printable(Path(file).name).replace("$", r"\$")
+    """The file's name, at most 16 letters of it."""
+    name = _printable(Path(file).name)
     return name if len(name) <= 16 else f"{name[:7]}…{name[-8:]}"
 
 

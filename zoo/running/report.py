@@ -74,6 +74,12 @@ class Run:
         """Whether the run came to its end and every claim was met."""
         return not self.error and all(result.met for result in self.results)
 
+    @property
+    def training(self) -> str:
+        """The time of training as people read it; nothing where there was none."""
+        seconds = self.training_seconds
+        return "" if not seconds else f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+
     def state_of(self, result: Result) -> str:
         """``met``, ``missed`` or ``failed``."""
         return "failed" if self.error else "met" if result.met else "missed"
@@ -246,15 +252,17 @@ def _section(run: Run) -> str:
         "failed": run.error,
         "architecture": f"{run.architecture}, {run.parameters:,} parameters",
         "data": run.data_note,
-        "training": f"{run.training_seconds:.0f} s",
+        "training": run.training,
         "command": run.command,
         "files": str(run.folder),
     }
-    settings = html.escape(config.read_text(encoding="utf-8")) if config.is_file() else ""
+    settings = ""
+    if config.is_file():
+        text = html.escape(config.read_text(encoding="utf-8"))
+        settings = f"<details><summary>every setting of the run</summary><pre>{text}</pre></details>"
     return (
         f'<h2 id="{_anchor(run)}">{html.escape(run.recipe)}</h2>\n'
-        f"{_definitions({name: fact for name, fact in facts.items() if fact})}\n{''.join(pictures)}\n"
-        f"<details><summary>every setting of the run</summary><pre>{settings}</pre></details>"
+        f"{_definitions({name: fact for name, fact in facts.items() if fact})}\n{''.join(pictures)}\n{settings}"
     )
 
 
@@ -272,9 +280,12 @@ def _results_table(runs: list[Run]) -> str:
     for run in runs:
         for result in run.results:
             state = run.state_of(result)
-            cells = (run.recipe, result.metric, result.claim, run.measured(result), state, result.source)
+            measured = run.measured(result)
+            cells = (run.recipe, result.metric, result.claim, measured, state, run.training, result.source)
             rows.append(f'<tr class="{state}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{name}</th>" for name in ("recipe", "metric", "claimed", "measured", "", "who says so"))
+    head = "".join(
+        f"<th>{name}</th>" for name in ("recipe", "metric", "claimed", "measured", "", "training", "who says so")
+    )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 

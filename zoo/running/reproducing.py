@@ -12,7 +12,7 @@ from zoo import recipes
 from zoo.recipes import RecipeError
 from zoo.running.command import RecipeCLI
 from zoo.running.report import Run, hold_against, read_results, write_report
-from zoo.running.starting import finish, is_for_the_user, name_of, prepare
+from zoo.running.starting import finish, hushed, is_for_the_user, name_of, prepare
 
 
 def reproduce(asked: list[str], overrides: list[str], out: Path | None = None, resume: bool = False) -> int:
@@ -33,8 +33,9 @@ def reproduce(asked: list[str], overrides: list[str], out: Path | None = None, r
         RecipeError: A recipe or an override cannot be meant, or a recipe claims nothing. Nothing was started.
     """
     names = list(dict.fromkeys(member for name in asked for member in recipes.expand(name)))
-    for name in names[1:]:
-        _prepare_with_claims(name, overrides)  # a mistake in the last one shall not cost the first one's training
+    with hushed():
+        for name in names[1:]:
+            _prepare_with_claims(name, overrides)  # a mistake in the last one shall not cost the first one's training
     title = asked[0].removesuffix(".yaml") if len(asked) == 1 else "reproduce"
     folder = out or (_newest(Path("runs") / title) if resume else None)
     known = _finished(folder, overrides) if resume and folder else {}
@@ -63,7 +64,8 @@ def _attempt(recipe: str, overrides: list[str], alone: bool) -> Run:
         # Another process would wait for this one for ever.
         if alone or "LOCAL_RANK" in os.environ:
             raise
-        error = textwrap.shorten(f"{type(problem).__name__}: {problem}", 900, placeholder=" …")
+        said = str(problem) if is_for_the_user(problem) else f"{type(problem).__name__}: {problem}"
+        error = textwrap.shorten(said, 900, placeholder=" …") or type(problem).__name__
         print(f"zoo: error: {recipe} failed: {error}", file=sys.stderr)
         if not is_for_the_user(problem) or os.environ.get("ZOO_TRACEBACK"):
             traceback.print_exception(problem)
