@@ -13,6 +13,7 @@ from zoo.cli import main
 from zoo.running.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
+PICTURES = ("confusion_matrix", "first_layer", "worst_mistakes")
 SMALL = ["--data.init_args.image_size", "8", "--model.init_args.image_size", "8"]
 
 
@@ -54,7 +55,7 @@ def test_show_prints_the_lectures_table(capsys):
     first = next(line for line in lines if line and line[0] == "backbone.conv1")
     assert first == ["backbone.conv1", "Conv2d", "20", "x", "28", "x", "28", "61.25", "520", "0.392"]
     total = next(line for line in lines if line and line[0] == "total")
-    assert total[-2:] == ["1,256,080", "6.548"]
+    assert total[-2:] == ["1,256,080", "6.547"]
 
 
 def test_show_takes_the_architectures_arguments(capsys):
@@ -74,7 +75,7 @@ def test_a_missed_claim_is_status_one_and_is_reported(tmp_path, capsys):
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert "a claim was missed" in page
     assert "zoo reproduce lenet/embedded --trainer.max_epochs 1" in page
-    assert page.count("data:image/png") == 4  # curves, predictions, confusion matrix, worst mistakes
+    assert page.count("data:image/png") == 5  # curves, predictions, confusion matrix, worst mistakes, filters
 
 
 def test_a_met_claim_is_status_zero(tmp_path):
@@ -144,11 +145,11 @@ def test_pictures_and_numbers_reach_the_logger_that_is_on(tmp_path, overlay, mon
 
         file = next((tmp_path / "runs" / "tensorboard").rglob("events.out.*"))
         events = EventAccumulator(str(file.parent)).Reload()
-        assert set(events.Tags()["images"]) == {"test/confusion_matrix", "test/worst_mistakes"}
+        assert set(events.Tags()["images"]) == {"test/confusion_matrix", "test/worst_mistakes", "test/first_layer"}
         assert "val/accuracy" in events.Tags()["scalars"]
     else:
         files = list((tmp_path / "runs" / "wandb").rglob("*.png"))
-        assert len(files) == 2
+        assert len(files) == 3
         assert list((tmp_path / "runs" / "wandb").rglob("*.wandb"))
 
 
