@@ -13,7 +13,6 @@ from zoo.cli import main
 from zoo.running.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
-PICTURES = ("confusion_matrix", "first_layer", "worst_mistakes")
 SMALL = ["--data.init_args.image_size", "8", "--model.init_args.image_size", "8"]
 
 
