@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from zoo import recipes
-from zoo.cli import main
+from zoo.cli import COMMANDS, main
 from zoo.running.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +19,7 @@ SMALL = ["--data.init_args.image_size", "8", "--model.init_args.image_size", "8"
 @pytest.mark.parametrize("arguments", ["--help", "list", "list --json", "--version"])
 def test_what_needs_no_training_does_not_import_lightning_or_torch(arguments):
     code = (
-        "import sys; from zoo.cli import main; status = main(sys.argv[1:]); "
+        "import sys; from zoo.cli import COMMANDS, main; status = main(sys.argv[1:]); "
         "heavy = {'torch', 'lightning', 'torchvision', 'numpy', 'matplotlib'} & set(sys.modules); "
         "assert not heavy, heavy; sys.exit(status)"
     )
@@ -32,6 +32,13 @@ def test_what_needs_no_training_does_not_import_lightning_or_torch(arguments):
 def test_import_zoo_does_not_import_lightning():
     code = "import sys, zoo, datamodules; assert not {'torch', 'lightning'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+
+
+def test_the_usage_names_every_command_and_overlay(capsys):
+    assert main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    overlays = [path.stem for path in (recipes.FOLDER / recipes.OVERLAYS).glob("*.yaml")]
+    assert [word for word in [*COMMANDS, *overlays, *recipes.lists()] if word not in usage] == []
 
 
 def test_list_has_a_row_for_each_claim(capsys):
