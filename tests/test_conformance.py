@@ -136,7 +136,7 @@ def test_it_is_final_documented_and_takes_plain_arguments(name):
     architecture = getattr(zoo, name)
     assert architecture.__name__ == name
     assert architecture.__mro__.index(LightningModule) == 2, "LightningModule -> task -> architecture"
-    assert not architecture.__subclasses__()
+    assert not [c for c in architecture.__subclasses__() if c.__module__.split(".")[0] == "zoo"]
     parameters = inspect.signature(architecture).parameters
     assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values()), "no **kwargs"
     undocumented = [p for p in parameters if f"{p}:" not in inspect.getdoc(architecture)]
@@ -165,7 +165,8 @@ class Losses(Callback):
 @EVERY
 def test_it_starts_at_the_loss_of_chance_and_overfits_one_batch(name):
     losses = Losses()
-    model, data = build(name, "--data.init_args.batch_size", "16")
+    # Without augmentation, as the lecture says: one batch is then always the same.
+    model, data = build(name, "--data.init_args.batch_size", "16", "--data.init_args.translate", "0")
     fit(model, data, [losses], max_steps=50, max_epochs=-1, overfit_batches=1, limit_val_batches=0)
     if task_of(name) == "classification":
         assert losses.values[0] == pytest.approx(model.chance_loss, rel=0.1)
