@@ -33,8 +33,7 @@ def deep_conv_network(
     layers: list[nn.Module] = []
     for place, (fan_in, filters) in enumerate(zip([in_channels, *num_filters], num_filters, strict=False)):
         layers.append(nn.Conv2d(fan_in, filters, 3, padding=1))
-        # Pooled before norm and rectifier: the same as after the rectifier, on a quarter of the elements. (With batch
-        # norm only if its scale is positive, and its statistics are those of the largest values.)
+        # Without batch norm pooled before the rectifier: the same values as after it, on a quarter of the elements.
         if place in max_pools and not batch_norm:
             layers.append(nn.MaxPool2d(2))
         if batch_norm:

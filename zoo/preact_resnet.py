@@ -15,11 +15,10 @@ from torch import Tensor, nn, optim
 
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
-from zoo.standardization import standardized
+from zoo.standardization import CIFAR10_MEAN, standardized
 from zoo.tasks.classification import ClassificationTask
 from zoo.weights import load_weights
 
-CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)  # the mean of the pictures' own deviations, which the assignment divides by
 
 
@@ -121,7 +120,7 @@ class PreActResNet(ClassificationTask):
         num_classes: int = 10,
         class_names: list[str] | None = None,
         image_size: int = 32,
-        mean: tuple[float, float, float] = CIFAR_MEAN,
+        mean: tuple[float, float, float] = CIFAR10_MEAN,
         std: tuple[float, float, float] = CIFAR_STD,
         label_smoothing: float = 0.0,
         weights: str | None = None,

@@ -258,8 +258,8 @@ def _match(
         in_head = key.startswith("head.")
         by_class = in_head and key in state and state[key].shape[1:] == mine.shape[1:]
         if key not in state and key.endswith("num_batches_tracked"):
-            pass  # a count that nothing here reads and older files lack
-        elif key not in state and in_head:
+            continue  # a count that nothing here reads and older files lack
+        if key not in state and in_head:
             transfer.fresh.append(key)
         elif key not in state:
             wrong.append(f"{key} is missing")
