@@ -209,9 +209,13 @@ def report(batch_size: int, steps: int, ways: dict, rounds: int) -> None:
     median = {name: statistics.median(values) for name, values in speeds.items()}
     for name, value in median.items():
         print(f"batch {batch_size:4d}  {name:18s} {value:9.0f} images/s  (max {max(speeds[name]):.0f})")
-    best_usual = max(value for name, value in median.items() if name.startswith("usual"))
-    to_bare, to_usual = median["zoo"] / median["bare"], median["zoo"] / best_usual
-    print(f"batch {batch_size:4d}  zoo / bare {to_bare:.2f}   zoo / usual {to_usual:.2f}")
+    ratios = [f"zoo / bare {median['zoo'] / median['bare']:.2f}"]
+    if "zoo, compiled" in median:
+        ratios.append(f"both compiled {median['zoo, compiled'] / median['bare, compiled']:.2f}")
+    usual_ways = [value for name, value in median.items() if name.startswith("usual")]
+    if usual_ways:
+        ratios.append(f"zoo / usual {median['zoo'] / max(usual_ways):.2f}")
+    print(f"batch {batch_size:4d}  {'   '.join(ratios)}")
 
 
 if __name__ == "__main__":

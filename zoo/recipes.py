@@ -127,6 +127,9 @@ def wrong_claim(claim: dict[str, Any]) -> str | None:
     for key in ("at_least", "at_most", "tolerance"):
         if not isinstance(claim.get(key, 0), int | float):
             return f"must have a number as {key}, not {claim[key]!r}"
+    for key in ("metric", "source", "measured", "cost"):
+        if not isinstance(claim.get(key, ""), str):
+            return f"must have a text as {key}, not {claim[key]!r}"
     return None
 
 

@@ -76,7 +76,10 @@ class RecipeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``expect``, ``linear_scaling``, ``test_time_augmentation``; tell the model the classes of the data."""
-        parser.add_argument("--expect", type=list[dict[str, Any]], default=[], help="What the recipe should give.")
+        # Of a value of any type jsonargparse would take a text with a colon for a mapping.
+        parser.add_argument(
+            "--expect", type=list[dict[str, float | str]], default=[], help="What the recipe should give."
+        )
         parser.add_argument(
             "--linear_scaling",
             type=bool,
