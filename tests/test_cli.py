@@ -11,6 +11,7 @@ import pytest
 from zoo import recipes
 from zoo.cli import COMMANDS, main
 from zoo.running.checkpoint import read_checkpoint
+from zoo.running.starting import prepare
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--data.init_args.image_size", "8", "--model.init_args.image_size", "8"]
@@ -89,6 +90,21 @@ def test_a_met_claim_is_status_zero(tmp_path):
     Path("easy.yaml").write_text(recipe)
     assert main(["reproduce", "easy.yaml", "--trainer.max_epochs", "2", *SMALL]) == 0
     assert (tmp_path / "runs" / "easy" / "version_0" / "report.html").is_file()
+
+
+def test_a_claim_may_have_a_colon_in_its_text(tmp_path):
+    source = "Page, How to train your ResNet: 94 % after 24 epochs"
+    recipe = recipes.find("lenet/embedded").read_text()
+    Path("colon.yaml").write_text(recipe.replace("source: this", f'source: "{source}"  # this'))
+    (claim,) = prepare("fit", "colon.yaml", []).config.fit.expect
+    assert (claim["source"], claim["at_least"]) == (source, 0.98)
+
+
+def test_a_claim_must_have_texts_where_texts_belong(capsys):
+    recipe = recipes.find("lenet/embedded").read_text()
+    Path("number.yaml").write_text(recipe.replace("source: this", "source: 1998  # this"))
+    assert main(["fit", "number.yaml"]) == 2
+    assert "must have a text as source, not 1998" in capsys.readouterr().err
 
 
 def test_a_run_keeps_its_files_and_its_config_runs_again_unchanged(tmp_path):

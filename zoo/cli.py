@@ -42,8 +42,8 @@ usage: zoo COMMAND …
 
 An override is any key of the recipe: --trainer.max_epochs 3 --data.init_args.root my/data --seed_everything 1.
 --test_time_augmentation flip|flip_shift averages over 2 or 6 views of each picture in test, predict and reproduce.
-A second --config FILE, or the name of an overlay, is laid over the recipe: bf16, ddp2, early_stopping, ema, freeze,
-snapshots, swa, tensorboard, wandb, wandb_offline.
+A second --config FILE, or the name of an overlay, is laid over the recipe: bf16, compile, ddp2, early_stopping, ema,
+freeze, snapshots, swa, tensorboard, wandb, wandb_offline.
 `zoo fit --help` lists every key, `zoo search --help` a command's options; ZOO_TRACEBACK=1 shows an error's origin.
 """
 
