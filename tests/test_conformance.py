@@ -95,19 +95,22 @@ def same_weights(one, other) -> bool:
     return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
+@pytest.fixture(scope="session")
+def runs():
+    """What :func:`trained` has made so far, by architecture: its tests only look at it."""
+    return {}
+
+
 @pytest.fixture
-def trained(request, name, tmp_path):
-    """A checkpoint of the architecture after a few steps, and the model that it was written from."""
-    model, data = build(name)
-    fit(
-        model,
-        data,
-        checkpoint_callbacks(None, "min"),
-        max_steps=3,
-        enable_checkpointing=True,
-        default_root_dir=tmp_path,
-    )
-    return tmp_path / "checkpoints" / "last.ckpt", model.eval(), data
+def trained(name, runs, tmp_path_factory):
+    """A checkpoint of the architecture after a few steps, the model that it was written from, and its data."""
+    if name not in runs:
+        folder = tmp_path_factory.mktemp(name)
+        model, data = build(name)
+        keep = checkpoint_callbacks(None, "min")
+        fit(model, data, keep, max_steps=3, enable_checkpointing=True, default_root_dir=folder)
+        runs[name] = folder / "checkpoints" / "last.ckpt", model.eval(), data
+    return runs[name]
 
 
 @EVERY
