@@ -41,13 +41,14 @@ class Picture:
 
     Args:
         path: Its file.
+        upright: Turn it by its EXIF orientation; False leaves the pixels as they are stored.
 
     Raises:
         ValueError: The file is no picture, or is corrupt; the message names it.
         OSError: The file cannot be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, upright: bool = True) -> None:
         self.path = path
         self._data = Path(path).read_bytes()
         if not self._data:
@@ -57,7 +58,7 @@ class Picture:
             self.is_jpeg = self._image.format in ("JPEG", "MPO")
             if not self.is_jpeg:
                 self._image.load()  # TIFF knows its size and orientation only then
-            self._orientation = self._image.getexif().get(ORIENTATION, 1)
+            self._orientation = self._image.getexif().get(ORIENTATION, 1) if upright else 1
         except Exception as error:  # whatever a decoder raises: OSError, SyntaxError, struct.error, …
             raise self._unreadable(error) from error
         width, height = self._image.size

@@ -4,7 +4,8 @@ import copy
 import hashlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +140,11 @@ class WholePictures(Dataset):
     (height, width), what is wrong with it, or the error that has nothing to do with it.
 
     Args:
-        pictures: Where from.
-        resize_size: Short side of the pictures that are kept; None keeps none.
+        read: Gives by its index a picture to keep, uint8 (3, H, W), or one without pixels.
     """
 
-    def __init__(self, pictures: PictureSet, resize_size: int | None) -> None:
-        self.pictures = pictures
-        self.resize_size = resize_size
+    def __init__(self, read: Callable[[int], Tensor]) -> None:
+        self.read = read
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, list[tuple[int, int] | str | OSError]]:
         pieces = [torch.empty(0, dtype=torch.uint8)]
@@ -161,24 +160,33 @@ class WholePictures(Dataset):
                 outcomes.append(error)
         return torch.cat(pieces), outcomes
 
-    def read(self, index: int) -> Tensor:
-        """A picture to keep, uint8 (3, H, W), or without pixels."""
-        picture = Picture(self.pictures.path(index))
-        if self.resize_size is not None:
-            return resize_short_side(picture.pixels(), self.resize_size)
-        picture.pixels(shrink=8)
-        return torch.empty(3, 0, 0, dtype=torch.uint8)
-
 
 def read_all(
     pictures: PictureSet, indices: range, resize_size: int | None, workers: int
 ) -> tuple[dict[int, str], KeptPictures | None]:
+    """Read pictures from end to end; those that are kept have ``resize_size`` as their short side, None keeps none."""
+    read = partial(_read_picture, pictures, resize_size)
+    return read_each(read, len(pictures), indices, resize_size is not None, workers)
+
+
+def _read_picture(pictures: PictureSet, resize_size: int | None, index: int) -> Tensor:
+    picture = Picture(pictures.path(index))
+    if resize_size is not None:
+        return resize_short_side(picture.pixels(), resize_size)
+    picture.pixels(shrink=8)
+    return torch.empty(3, 0, 0, dtype=torch.uint8)
+
+
+def read_each(
+    read: Callable[[int], Tensor], total: int, indices: range, keep: bool, workers: int
+) -> tuple[dict[int, str], KeptPictures | None]:
     """Read pictures from end to end.
 
     Args:
-        pictures: Where from.
+        read: Gives a picture by its index, uint8 (3, H, W).
+        total: Number of pictures.
         indices: Which of them.
-        resize_size: Short side of the pictures that are kept; None keeps none.
+        keep: Whether to keep what ``read`` gives.
         workers: Processes that read.
 
     Returns:
@@ -187,12 +195,12 @@ def read_all(
     Raises:
         OSError: A file cannot be read for a reason that is not its own.
     """
-    rank_zero_info(f"reading {len(pictures)} pictures once")
+    rank_zero_info(f"reading {total} pictures once")
     chunks = [list(indices[start : start + CHUNK]) for start in range(0, len(indices), CHUNK)]
-    reader = WholePictures(pictures, resize_size)
+    reader = WholePictures(read)
     problems: dict[int, str] = {}
-    kept, places = [], np.zeros((len(pictures), 4), dtype=np.int64)
-    loader = _data_loader(reader, chunks, workers)
+    kept, places = [], np.zeros((total, 4), dtype=np.int64)
+    loader = data_loader(reader, chunks, workers)
     for number, (chunk, (piece, outcomes)) in enumerate(zip(chunks, loader, strict=True)):
         kept.append(piece.clone())  # out of the memory that is shared with the worker
         start = 0
@@ -204,7 +212,7 @@ def read_all(
             else:
                 places[index] = number, start, *outcome
                 start += 3 * outcome[0] * outcome[1]
-    return problems, None if resize_size is None else KeptPictures(kept, places)
+    return problems, KeptPictures(kept, places) if keep else None
 
 
 class PictureLoader(TensorLoader):
@@ -221,7 +229,7 @@ class PictureLoader(TensorLoader):
         self, crops: Crops, batch_sampler: TrainingBatches | EvaluationBatches, workers: int, pin_memory: bool = False
     ) -> None:
         super().__init__((torch.from_numpy(crops.pictures.labels),), batch_sampler)
-        self._images = _data_loader(crops, Ahead(batch_sampler), workers, pin_memory)
+        self._images = data_loader(crops, Ahead(batch_sampler), workers, pin_memory)
 
     @property
     def _iterator(self) -> Any:
@@ -259,7 +267,8 @@ class Ahead:
             yield seed, epoch, index.tolist()
 
 
-def _data_loader(dataset: Dataset, jobs: Any, workers: int, pin_memory: bool = False) -> DataLoader:
+def data_loader(dataset: Dataset, jobs: Any, workers: int, pin_memory: bool = False) -> DataLoader:
+    """What ``dataset.__getitems__`` makes of each job, as it is and in order, by so many processes."""
     return DataLoader(
         dataset,
         batch_sampler=jobs,
