@@ -178,6 +178,12 @@ def test_a_file_of_the_other_network_does_not_fit(tmp_path):
         load_darknet(YOLOv3Network(2, width=0.125), path)
 
 
+def test_a_file_without_classes_does_not_fit(tmp_path):
+    path = written(tmp_path, network(0))
+    with pytest.raises(ValueError, match="is truncated or of another network"):
+        load_darknet(network(2), path)
+
+
 def test_a_convolution_without_bias_and_batch_norm_is_named():
     with pytest.raises(ValueError, match="0 has neither a bias nor a batch norm behind it"):
         layers_of(nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.Conv2d(1, 1, 1)))

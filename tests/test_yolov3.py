@@ -336,6 +336,22 @@ def test_boxes_are_given_in_the_pictures_pixels_and_none_in_the_grey():
     assert none["labels"].dtype == torch.int64
 
 
+def test_boxes_are_compared_before_the_edges_cut_them():
+    """Within the picture both are the whole of it; as the network means them they overlap by a third."""
+    boxes = torch.tensor([[0.0, 0, 40, 40], [0, 0, 40, 120]])
+    found = select(boxes, torch.tensor([0.9, 0.8]), torch.ones(2, 1), torch.tensor([1.0, 1, 0, 0]), (40, 40))
+    assert found["boxes"].tolist() == [[0, 0, 40, 40]] * 2
+
+
+def test_a_huge_box_does_not_blur_the_others():
+    """Near-doubles of the last class are still seen as such; classes are told apart by moving their boxes."""
+    boxes = torch.tensor([[0.0, 0, 4, 4], [0.2, 0, 4.2, 4], [0, 0, 1e7, 1e7]])
+    classes = torch.zeros(3, 80)
+    classes[:2, 79] = classes[2, 0] = 1
+    found = select(boxes, torch.tensor([0.9, 0.8, 0.7]), classes, torch.tensor([1.0, 1, 0, 0]), (40, 40))
+    assert found["labels"].tolist() == [80, 1]
+
+
 # Loss
 
 

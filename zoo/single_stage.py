@@ -12,6 +12,7 @@ for both.
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -50,8 +51,8 @@ def squash(images: Sequence[Tensor], size: int) -> Tensor:
         raise ValueError(f"image_size={size} must be a multiple of {STRIDE}, the pixels of a cell")
     if all(image.shape[-2:] == (size, size) for image in images):
         return torch.stack(list(images))
-    options = {"size": (size, size), "mode": "bilinear", "antialias": True}
-    return torch.cat([F.interpolate(image[None], **options) for image in images])
+    square = partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
+    return torch.cat([square(image[None]) for image in images])
 
 
 def to_cells(boxes: Tensor, picture: tuple[int, int], cells: int) -> Tensor:
