@@ -5,27 +5,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
+    from datamodules.coco import COCODataModule
     from datamodules.embedded.digits import DigitsDataModule
+    from datamodules.embedded.scenes import ScenesDataModule
     from datamodules.image_folder import ImageFolderDataModule
     from datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
+    from datamodules.voc import VOCDataModule
 
 # Importing Lightning costs seconds, so a class is imported when it is first asked for.
 _MODULES = {
     "CIFAR10DataModule": "datamodules.cifar",
     "CIFAR100DataModule": "datamodules.cifar",
+    "COCODataModule": "datamodules.coco",
     "DigitsDataModule": "datamodules.embedded.digits",
     "FashionMNISTDataModule": "datamodules.mnist",
     "ImageFolderDataModule": "datamodules.image_folder",
     "MNISTDataModule": "datamodules.mnist",
+    "ScenesDataModule": "datamodules.embedded.scenes",
+    "VOCDataModule": "datamodules.voc",
 }
 
 __all__ = [
     "CIFAR10DataModule",
     "CIFAR100DataModule",
+    "COCODataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "ImageFolderDataModule",
     "MNISTDataModule",
+    "ScenesDataModule",
+    "VOCDataModule",
 ]
 
 

@@ -1,0 +1,994 @@
+"""Pictures with objects: what data modules for detection, segmentation and keypoints share.
+
+Pictures and masks stay uint8 until they are on the device that trains. Augmentation is torchvision's (v2), for boxes,
+masks and keypoints alike; it follows from seed, epoch and picture alone, neither from the number of workers nor from
+where a run was interrupted.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from datamodules.pictures import Picture, resize
+from datamodules.reading import SKIP, Ahead, KeptPictures, data_loader, read_each
+from datamodules.sampling import EvaluationBatches, TensorLoader, TrainingBatches
+
+Split = Literal["train", "val", "test"]
+Target = dict[str, Tensor]
+Batch = tuple[list[Tensor], list[Target]]
+
+CACHE_BYTES = 2**30  # pictures that need no more memory are kept by default
+MEND = ". Mend it, or have such entries left out by --data.init_args.corrupt skip"
+
+
+class DetectionDataModule(LightningDataModule):
+    """Abstract: batches ``(images, targets)``, a list of images and a list of what is on each of them.
+
+    After the transfer an image is float32 (3, H, W) in [0, 1], each of its own size; a target has torchvision's keys:
+    ``boxes`` float32 (R, 4), x1, y1, x2, y2 in pixels, R may be 0; ``labels`` int64 (R,) in 1 … ``num_classes``;
+    ``masks`` uint8 (R, H, W) and ``keypoints`` float32 (R, K, 3), x, y and visibility 0, 1 or 2, where they are asked
+    for; ``image_id`` int64 (); ``area`` float32 (R,); ``iscrowd`` int64 (R,). Training leaves out crowds (objects to
+    ignore) and cuts boxes at the picture's edge; evaluation has both as the files do.
+
+    A subclass sets the attributes below before its constructor ends, and defines :meth:`read`.
+
+    Args:
+        batch_size: Pictures of a global training batch: all processes together.
+        eval_batch_size: Pictures per process in validation, test and prediction.
+        size: Resize every picture: a number is the length of its longer side, ``[height, width]`` its size whatever
+            its shape was. Evaluation is then of the resized pictures, boxes and masks. None leaves them as they are.
+        flip: Mirror half of the training pictures left to right; keypoints named ``left_`` and ``right_`` change
+            places.
+        scale_jitter: Enlarge each training picture by a factor from this range, ``[least, most]``, and cut out or pad
+            with black at random what then differs from the size it had.
+        iou_crop: Cut random boxes out of training pictures, as SSD does (Liu et al., 2016, arXiv:1512.02325).
+        masks: Read masks.
+        keypoints: Read keypoints.
+        val_size: Pictures held out of training for validation where the data has none of its own: their number, or
+            below 1 their share. 0 trains without validation.
+        test_size: Likewise for testing. Where there are none the validation pictures are tested on.
+        split_seed: Seed of that split, apart from the run's seed so that runs compare.
+        keep_empty: Train on pictures without objects too.
+        corrupt: What to do with a picture that cannot be read and with an entry that makes no sense. ``refuse`` stops
+            with its name. ``skip`` reads all pictures once before the first batch, and leaves out what is wrong, the
+            same on every process; the report counts it.
+        cache: Keep decoded pictures in memory, in each training process. None does so where those of a split need no
+            more than 1 GiB.
+        workers: Processes that read pictures, for each process that trains; 0 reads them in that one. None means as
+            many as the machine has processors, but not more than 4.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    num_classes: int  # without background
+    class_names: list[str]  # of the labels 1, 2, …
+    category_ids: list[int]  # of the same, as the files have them
+    keypoint_names: list[str] = []
+    skeleton: list[list[int]] = []  # pairs of keypoints that a line joins, counted from 0
+    own_splits: tuple[str, ...]  # those that the data itself has
+
+    def __init__(
+        self,
+        batch_size: int,
+        eval_batch_size: int,
+        size: list[int] | int | None,
+        flip: bool,
+        scale_jitter: list[float] | None,
+        iou_crop: bool,
+        masks: bool,
+        keypoints: bool,
+        val_size: int | float,
+        test_size: int | float,
+        split_seed: int,
+        keep_empty: bool,
+        corrupt: Literal["refuse", "skip"],
+        cache: bool | None,
+        workers: int | None,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.size = tuple(size) if isinstance(size, (list, tuple)) else size
+        self.flip = flip
+        self.scale_jitter = None if scale_jitter is None else tuple(scale_jitter)
+        self.iou_crop = iou_crop
+        self.masks = masks
+        self.keypoints = keypoints
+        self.val_size = val_size
+        self.test_size = test_size
+        self.split_seed = split_seed
+        self.keep_empty = keep_empty
+        self.corrupt = corrupt
+        self.cache = cache
+        self.workers = min(4, _processors()) if workers is None else workers
+        self._check_arguments()
+        self.train_set: AnnotatedPictures | None = None
+        self.val_set: AnnotatedPictures | None = None
+        self.test_set: AnnotatedPictures | None = None
+        self._parts: dict[str, AnnotatedPictures] = {}  # of the training pictures, before they were read
+        self._findings: dict[str, Findings] = {}
+        self._split = ""
+
+    def read(self, split: Split, findings: "Findings") -> "AnnotatedPictures":
+        """Read the annotations of one of ``own_splits``, and tell ``findings`` what is wrong with them."""
+        raise NotImplementedError(f"{type(self).__name__} must define read()")
+
+    def setup(self, stage: str) -> None:
+        """Read the annotations, split them alike on every process, and print the report.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            ValueError: An entry makes no sense or a picture cannot be read, or there is nothing to train or test on.
+        """
+        known = self._found()
+        if stage == "fit" and self.train_set is None:
+            self.train_set = self._prepare("train")
+            self._split = self.train_set.fingerprint()
+        if (stage in ("fit", "validate") or not self._has_test) and self.val_set is None and self.val_size:
+            self.val_set = self._prepare("val")
+        if stage in ("test", "predict") and self.test_set is None:
+            self.test_set = self._prepare("test") if self._has_test else self._validation_as_test()
+        if new := [split for split in self._found() if split not in known]:
+            rank_zero_info("\n".join(self._report_of(split) for split in new))
+
+    def report(self) -> str:
+        """How many pictures and objects each split has that was read so far, and what was left out and why."""
+        return "\n".join(self._report_of(split) for split in self._found())
+
+    def _report_of(self, split: str) -> str:
+        summary = self._found()[split].summary(self.class_names)
+        findings = self._findings[split].lines() if split in self._findings else []
+        return "\n  ".join([f"{split}: {summary}", *findings])
+
+    def _found(self) -> dict[str, "AnnotatedPictures"]:
+        """The splits that were read so far; the validation pictures once, if they are tested on."""
+        sets = {"train": self.train_set, "val": self.val_set}
+        sets |= {} if self.test_set is self.val_set else {"test": self.test_set}
+        return {split: pictures for split, pictures in sets.items() if pictures is not None}
+
+    def train_dataloader(self) -> "DetectionLoader":
+        """Shuffled training batches; the order follows the run's seed, and is fixed under ``overfit_batches``."""
+        pictures = _ready(self.train_set)
+        # Without seed_everything each process has a seed of its own, and their shares would overlap: take rank 0's.
+        seed = torch.initial_seed() % 2**63
+        seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
+        shuffle = self.trainer is None or not self.trainer.overfit_batches  # type: ignore[attr-defined]
+        rank, world_size = self._place()
+        batches = TrainingBatches(len(pictures), self.batch_size, seed, shuffle, rank, world_size, split=self._split)
+        swaps = swapped_keypoints(self.keypoint_names) if self.keypoints else []
+        augmentation = Augmentation(self.flip, swaps, self.iou_crop, self.scale_jitter)
+        return self._loader(Samples(pictures, self.size, self.masks, self.keypoints, augmentation), batches)
+
+    def val_dataloader(self) -> "DetectionLoader | list[DetectionLoader]":
+        """Validation batches, each picture once over all processes; none where ``val_size`` is 0."""
+        return self._evaluation_loader(self.val_set) if self.val_size else []
+
+    def test_dataloader(self) -> "DetectionLoader":
+        """Test batches, each picture once over all processes."""
+        return self._evaluation_loader(self.test_set)
+
+    def predict_dataloader(self) -> "DetectionLoader":
+        """The test pictures, in order."""
+        return self._evaluation_loader(self.test_set)
+
+    def evaluation_dataloader(self, split: Split) -> "DetectionLoader":
+        """The pictures of a split in order, as an evaluation sees them: also those of training."""
+        return self._evaluation_loader({"train": self.train_set, "val": self.val_set, "test": self.test_set}[split])
+
+    def fingerprint(self, split: Split) -> str:
+        """A text that changes when a picture of a split, its annotations, or the pictures' size changes."""
+        pictures = _ready({"train": self.train_set, "val": self.val_set, "test": self.test_set}[split])
+        digest = hashlib.sha256(f"{pictures.fingerprint()} {self.size} {self.masks} {self.keypoints}".encode())
+        for index in range(len(pictures)):
+            file = os.stat(pictures.path(index))
+            digest.update(f"{file.st_size} {file.st_mtime_ns} ".encode())
+        for array in pictures.arrays():
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Nothing to do for what is there already: Lightning's walk through the batch takes time."""
+        if _is_batch(batch) and device.type == "cpu":
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Turn uint8 images into float32 in [0, 1]."""
+        if not _is_batch(batch):  # a model's example_input_array, on its way through Lightning's summary
+            return batch
+        images, targets = batch
+        return [image.float().div_(255) for image in images], targets
+
+    def _check_arguments(self) -> None:
+        for name, least in {"eval_batch_size": 1, "workers": 0, "val_size": 0, "test_size": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        sides = self.size if isinstance(self.size, tuple) else (self.size, 1)
+        if self.size is not None and (len(sides) != 2 or any(not isinstance(s, int) or s < 1 for s in sides)):
+            raise ValueError(f"size={self.size} must be the longer side in pixels, or [height, width]")
+        jitter = self.scale_jitter
+        if jitter is not None and (len(jitter) != 2 or not 0 < jitter[0] <= jitter[1] < float("inf")):
+            raise ValueError(f"scale_jitter={list(jitter)} must be [least, most], two factors above 0")
+        if self.corrupt not in ("refuse", "skip"):
+            raise ValueError(f"corrupt={self.corrupt!r} must be refuse or skip")
+        if self.keypoints and (self.iou_crop or jitter):
+            _key_points_of_torchvision()
+
+    @property
+    def _has_test(self) -> bool:
+        return "test" in self.own_splits or self.test_size > 0
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and number of processes."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _validation_as_test(self) -> "AnnotatedPictures":
+        if not self.val_size:
+            raise ValueError("there is nothing to test on: the data has no test pictures, and test_size is 0")
+        rank_zero_info("the data has no test pictures and test_size is 0: these are the validation pictures")
+        return _ready(self.val_set)
+
+    def _listed(self, split: Split) -> "AnnotatedPictures":
+        """The pictures of a split, before any was read."""
+        if split != "train" and split in self.own_splits:
+            return self._annotations(split)
+        if not self._parts:
+            self._parts = self._split_training(self._annotations("train"))
+        return self._parts[split]
+
+    def _annotations(self, split: Split) -> "AnnotatedPictures":
+        findings = self._findings.setdefault(split, Findings(self.corrupt == "skip"))
+        return self.read(split, findings)
+
+    def _split_training(self, pictures: "AnnotatedPictures") -> dict[str, "AnnotatedPictures"]:
+        total = len(pictures)
+        order = np.random.default_rng(self.split_seed).permutation(total)
+        val = 0 if "val" in self.own_splits else _number(self.val_size, total)
+        test = 0 if "test" in self.own_splits else _number(self.test_size, total)
+        if total and val + test >= total:
+            raise ValueError(f"val_size={self.val_size} and test_size={self.test_size} leave none of {total} pictures")
+        parts = {"val": order[:val], "test": order[val : val + test], "train": order[val + test :]}
+        return {name: pictures.take(np.sort(chosen)) for name, chosen in parts.items()}
+
+    def _prepare(self, split: Split) -> "AnnotatedPictures":
+        """The pictures of a split; read once where that is asked for, without those that cannot be read."""
+        pictures = self._listed(split)
+        if split == "train" and not self.keep_empty:
+            filled = np.array([len(pictures.trained(i)) > 0 for i in range(len(pictures))], dtype=bool)
+            self._findings[split].count("pictures without objects", int((~filled).sum()))
+            pictures = pictures.take(np.flatnonzero(filled))
+        cache = pictures.bytes(self.size) <= CACHE_BYTES if self.cache is None else self.cache
+        if len(pictures) and (cache or self.corrupt == "skip"):
+            pictures = self._read_once(pictures, split, cache)
+        if not len(pictures):
+            reasons = "; ".join(self._findings[split].lines()) if split in self._findings else ""
+            raise ValueError(f"there are no pictures in split {split}. {reasons}".rstrip())
+        return pictures
+
+    def _read_once(self, pictures: "AnnotatedPictures", split: Split, cache: bool) -> "AnnotatedPictures":
+        rank, world_size = self._place()
+        mine = range(len(pictures)) if cache else range(rank, len(pictures), world_size)
+        # What is cut out of a picture is better cut out of all its pixels.
+        size = None if split == "train" and (self.iou_crop or self.scale_jitter) else self.size
+        reader = WholeReader(pictures, size, cache)
+        problems, kept = read_each(reader, len(pictures), mine, cache, self.workers if len(mine) > 200 else 0)
+        if world_size > 1:
+            everyone: list[Any] = [None] * world_size
+            torch.distributed.all_gather_object(everyone, problems)
+            problems = dict(sorted(item for share in everyone for item in share.items()))
+        if problems and self.corrupt == "refuse":
+            raise ValueError(next(iter(problems.values())) + SKIP)
+        pictures.kept = kept
+        return self._without(pictures, problems, split)
+
+    def _without(self, pictures: "AnnotatedPictures", problems: dict[int, str], split: Split) -> "AnnotatedPictures":
+        if not problems:
+            return pictures
+        findings = self._findings.setdefault(split, Findings(True))
+        for problem in problems.values():
+            findings.note("pictures that cannot be read", problem)
+        message = f"{len(problems)} of {len(pictures)} pictures of split {split} cannot be read"
+        if len(problems) > len(pictures) / 2:
+            raise ValueError(f"{message}: {_some(list(problems.values()))}. Those are too many to leave out")
+        rank_zero_warn(f"{message}, and are left out: {_some(list(problems.values()))}")
+        return pictures.take(np.delete(np.arange(len(pictures)), list(problems)))
+
+    def _evaluation_loader(self, pictures: "AnnotatedPictures | None") -> "DetectionLoader":
+        pictures = _ready(pictures)
+        batches = EvaluationBatches(len(pictures), self.eval_batch_size, *self._place())
+        return self._loader(Samples(pictures, self.size, self.masks, self.keypoints, None), batches)
+
+    def _loader(self, samples: "Samples", batches: TrainingBatches | EvaluationBatches) -> "DetectionLoader":
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return DetectionLoader(samples, batches, self.workers, pin_memory=on_gpu)
+
+
+def _processors() -> int:
+    """Processors that this process may use, which in a container are fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ready(value: Any) -> Any:
+    if value is None:
+        raise RuntimeError("call the data module's setup() before asking for its batches")
+    return value
+
+
+def _number(size: int | float, total: int) -> int:
+    """How many of ``total`` pictures a size means: a number, or below 1 a share, rounded up."""
+    return int(-(-size * total // 1)) if size < 1 else int(size)
+
+
+def _some(names: list[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _is_batch(batch: Any) -> bool:
+    return isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], list) and isinstance(batch[1], list)
+
+
+# Annotations
+
+
+class Findings:
+    """What is wrong with the annotations of a split: what was left out or changed, and why.
+
+    Args:
+        skip: Leave out entries that make no sense; else the first one is an error.
+    """
+
+    def __init__(self, skip: bool) -> None:
+        self.skip = skip
+        self.counts: dict[str, int] = {}
+        self.examples: dict[str, list[str]] = {}
+
+    def refuse(self, reason: str, message: str) -> None:
+        """An entry that makes no sense.
+
+        Raises:
+            ValueError: Such entries are not skipped.
+        """
+        if not self.skip:
+            raise ValueError(message + MEND)
+        self.note(reason, message)
+
+    def note(self, reason: str, example: str) -> None:
+        """One case, which an example makes clear."""
+        self.count(reason, 1)
+        self.examples.setdefault(reason, []).append(example)
+
+    def count(self, reason: str, number: int) -> None:
+        """So many cases."""
+        if number:
+            self.counts[reason] = self.counts.get(reason, 0) + number
+
+    def lines(self) -> list[str]:
+        """A line for each reason, with the first few cases."""
+        return [
+            f"{number:,} {reason}" + (f": {'; '.join(self.examples[reason][:3])}" if reason in self.examples else "")
+            for reason, number in self.counts.items()
+        ]
+
+
+class FoundObject(NamedTuple):
+    """An object as a file has it.
+
+    Attributes:
+        name: What a message calls it.
+        box: x1, y1, x2, y2 in pixels.
+        label: Its class, from 1.
+        area: In pixels; None takes the box's.
+        crowd: Whether it is to be ignored in evaluation and left out of training.
+        mask: Its compressed run lengths, as pycocotools writes them.
+        keypoints: 3K numbers: x, y, visibility.
+    """
+
+    name: str
+    box: tuple[float, float, float, float]
+    label: int
+    area: float | None = None
+    crowd: bool = False
+    mask: bytes = b""
+    keypoints: list[float] | None = None
+
+
+class FoundPicture(NamedTuple):
+    """A picture as a file has it: its name below the folder of pictures, its number, its size and its objects."""
+
+    name: str
+    number: int
+    height: int
+    width: int
+    objects: list[FoundObject]
+
+
+class Objects(NamedTuple):
+    """All objects of a split, in arrays.
+
+    Attributes:
+        boxes: float32 (A, 4), as the files have them.
+        labels: int64 (A,).
+        areas: float32 (A,).
+        crowds: bool (A,).
+        keypoints: float32 (A, K, 3).
+        runs: Compressed run lengths of all masks, uint8 (bytes,).
+        run_ends: Where those of an object end, int64 (A + 1,) after a 0.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    areas: np.ndarray
+    crowds: np.ndarray
+    keypoints: np.ndarray
+    runs: np.ndarray
+    run_ends: np.ndarray
+
+
+class AnnotatedPictures:
+    """Pictures and their objects by index.
+
+    All is in arrays: of lists each worker would come to hold a copy of its own
+    (https://github.com/pytorch/pytorch/issues/13246).
+
+    Args:
+        folder: Folder that the names start from.
+        names: Files, bytes (N,).
+        numbers: The pictures' ids, int64 (N,).
+        sizes: Height and width, int64 (N, 2).
+        rows: The first of a picture's objects and the one after its last, int64 (N, 2).
+        objects: Those of all pictures.
+        kept: The pictures in memory, if they are kept there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        names: np.ndarray,
+        numbers: np.ndarray,
+        sizes: np.ndarray,
+        rows: np.ndarray,
+        objects: Objects,
+        kept: KeptPictures | None = None,
+    ) -> None:
+        self.folder = folder
+        self.names = names
+        self.numbers = numbers
+        self.sizes = sizes
+        self.rows = rows
+        self.objects = objects
+        self.kept = kept
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        """The file of a picture."""
+        return self.folder / os.fsdecode(self.names[index])
+
+    def take(self, indices: np.ndarray) -> "AnnotatedPictures":
+        """Some of the pictures."""
+        kept = None if self.kept is None else KeptPictures(self.kept.pieces, self.kept.places[indices])
+        parts = self.names[indices], self.numbers[indices], self.sizes[indices], self.rows[indices]
+        return AnnotatedPictures(self.folder, *parts, self.objects, kept)
+
+    def bytes(self, size: tuple[int, ...] | int | None) -> int:
+        """How much memory the decoded pictures need."""
+        sizes = np.array([new_size(height, width, size) for height, width in self.sizes.tolist()])
+        return int(3 * sizes.prod(1).sum()) if len(sizes) else 0
+
+    def fingerprint(self) -> str:
+        """What stays the same as long as these are the same files in the same order, wherever the folder is."""
+        return hashlib.sha256(b"\0".join(self.names.tolist())).hexdigest()[:16]
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """All that is said of these pictures."""
+        chosen = np.concatenate([np.arange(*row) for row in self.rows]) if len(self) else np.zeros(0, dtype=np.int64)
+        yield from (self.numbers, self.sizes)
+        yield from (array[chosen] for array in self.objects[:5])
+        yield from (self.runs(row) for row in chosen)
+
+    def summary(self, class_names: list[str]) -> str:
+        """Their number, the number of their objects by class, and how many have none."""
+        rows = [self.present(index) for index in range(len(self))]
+        chosen = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+        counts = np.bincount(self.objects.labels[chosen], minlength=len(class_names) + 1)[1:]
+        few = ", ".join(f"{name} {count:,}" for name, count in zip(class_names, counts, strict=True))
+        missing = [name for name, count in zip(class_names, counts, strict=True) if not count]
+        classes = few if len(class_names) <= 20 else f"of {len(class_names) - len(missing)} classes"
+        text = f"{len(self):,} pictures, {len(chosen):,} objects ({classes})"
+        if missing and len(class_names) > 20:
+            text += f", none of {_some(missing)}"
+        crowds = int(self.objects.crowds[chosen].sum())
+        empty = sum(len(row) == 0 for row in rows)
+        text += f", {crowds:,} of them crowds or to be ignored" if crowds else ""
+        return text + (f", {empty:,} pictures without objects" if empty else "")
+
+    def present(self, index: int) -> np.ndarray:
+        """Rows of a picture's objects."""
+        return np.arange(*self.rows[index])
+
+    def trained(self, index: int) -> np.ndarray:
+        """Rows of a picture's objects that are trained on."""
+        rows = self.present(index)
+        return rows[~self.objects.crowds[rows]]
+
+    def runs(self, row: int) -> np.ndarray:
+        """The compressed mask of an object, uint8 (bytes,)."""
+        return self.objects.runs[self.objects.run_ends[row] : self.objects.run_ends[row + 1]]
+
+    def pixels(self, index: int) -> np.ndarray:
+        """A picture's pixels, uint8 (H, W, 3): those that are kept, or all of its file's."""
+        if self.kept is not None:
+            return self.kept.pixels(index)
+        height, width = self.sizes[index].tolist()
+        return annotated_pixels(self.path(index), height, width)
+
+    def target(self, index: int, masks: bool, keypoints: bool, training: bool) -> Target:
+        """What is on a picture, in the pixels of its file."""
+        rows, objects = self.trained(index) if training else self.present(index), self.objects
+        height, width = self.sizes[index].tolist()
+        boxes = objects.boxes[rows]
+        target = {
+            "boxes": torch.from_numpy(boxes.clip(0, [width, height] * 2) if training else boxes).float(),
+            "labels": torch.from_numpy(objects.labels[rows]),
+            "image_id": torch.tensor(int(self.numbers[index])),
+            "area": torch.from_numpy(objects.areas[rows]),
+            "iscrowd": torch.from_numpy(objects.crowds[rows].astype(np.int64)),
+        }
+        if masks:
+            target["masks"] = decoded_masks([self.runs(row).tobytes() for row in rows], height, width)
+        if keypoints:
+            target["keypoints"] = torch.from_numpy(objects.keypoints[rows])
+        return target
+
+
+def collect(folder: Path, pictures: list[FoundPicture], num_keypoints: int, findings: Findings) -> AnnotatedPictures:
+    """Put pictures and objects into arrays, without objects that have no area or lie outside of their picture."""
+    kept = [[found for found in picture.objects if _on_picture(found, picture, findings)] for picture in pictures]
+    everything = [found for objects in kept for found in objects]
+    boxes = np.array([found.box for found in everything], dtype=np.float32).reshape(-1, 4)
+    box_areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    areas = [box_areas[i] if found.area is None else found.area for i, found in enumerate(everything)]
+    points = [found.keypoints or [0.0] * 3 * num_keypoints for found in everything]
+    objects = Objects(
+        boxes,
+        np.array([found.label for found in everything], dtype=np.int64),
+        np.array(areas, dtype=np.float32),
+        np.array([found.crowd for found in everything], dtype=bool),
+        np.array(points, dtype=np.float32).reshape(len(everything), num_keypoints, 3),
+        np.frombuffer(b"".join(found.mask for found in everything), dtype=np.uint8),
+        np.cumsum([0] + [len(found.mask) for found in everything]),
+    )
+    ends = np.cumsum([0] + [len(found) for found in kept])
+    return AnnotatedPictures(
+        folder,
+        np.array([os.fsencode(picture.name) for picture in pictures], dtype=np.bytes_),
+        np.array([picture.number for picture in pictures], dtype=np.int64),
+        np.array([(picture.height, picture.width) for picture in pictures], dtype=np.int64).reshape(-1, 2),
+        np.stack([ends[:-1], ends[1:]], axis=1).astype(np.int64),
+        objects,
+    )
+
+
+def _on_picture(found: FoundObject, picture: FoundPicture, findings: Findings) -> bool:
+    """Whether a box has an area, on the picture, in the precision of its target."""
+    x1, y1, x2, y2 = np.array(found.box, dtype=np.float32).tolist()
+    name = f"{found.name} of {picture.name}"
+    if x2 <= x1 or y2 <= y1:
+        findings.note("boxes without area left out", name)
+        return False
+    if min(x2, picture.width) <= max(x1, 0) or min(y2, picture.height) <= max(y1, 0):
+        findings.note("boxes outside of their picture left out", name)
+        return False
+    if x1 < 0 or y1 < 0 or x2 > picture.width or y2 > picture.height:
+        findings.note("boxes beyond the edge of their picture, in training cut there", name)
+    return True
+
+
+def annotated_pixels(path: Path, height: int, width: int) -> np.ndarray:
+    """A picture's pixels, uint8 (H, W, 3), laid as its annotations are.
+
+    A picture is turned upright by its EXIF orientation, unless only the pixels as they are stored have the size that
+    its annotations say: then whoever made them saw those.
+
+    Raises:
+        ValueError: The file cannot be read as a picture, or has another size; the message names it.
+        OSError: The file cannot be read.
+    """
+    picture = Picture(path)
+    if (picture.height, picture.width) != (height, width):
+        stored = Picture(path, upright=False)
+        if (stored.height, stored.width) != (height, width):
+            raise ValueError(
+                f"{path} has {picture.width} x {picture.height} pixels, its annotations say {width} x {height}: "
+                "boxes would be misplaced"
+            )
+        picture = stored
+    return picture.pixels()
+
+
+def decoded_masks(runs: list[bytes], height: int, width: int) -> Tensor:
+    """Masks from compressed run lengths: uint8 (R, height, width) of 0 and 1."""
+    if not runs:
+        return torch.zeros(0, height, width, dtype=torch.uint8)
+    decoded = mask_functions().decode([{"size": [height, width], "counts": run} for run in runs])  # (H, W, R)
+    return torch.from_numpy(np.ascontiguousarray(decoded.transpose(2, 0, 1)))
+
+
+def mask_functions() -> Any:
+    """The functions for masks of pycocotools.
+
+    Raises:
+        ModuleNotFoundError: It is not installed; the message says how to install it.
+    """
+    try:
+        from pycocotools import mask
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("masks need pycocotools: pip install 'zoo[detection]'") from error
+    return mask
+
+
+# Augmentation
+
+
+class Augmentation(NamedTuple):
+    """What happens to a training picture and what is on it, in this order.
+
+    Attributes:
+        flip: Mirror half of them.
+        swaps: For each keypoint the one whose place it takes in a mirror.
+        iou_crop: Cut out a random box.
+        scale_jitter: Enlarge by a factor in this range and cut or pad to the old size.
+    """
+
+    flip: bool
+    swaps: list[int]
+    iou_crop: bool
+    scale_jitter: tuple[float, ...] | None
+
+    def __call__(self, image: Tensor, target: Target, seed: list[int]) -> tuple[Tensor, Target]:
+        """Augment an image, uint8 (3, H, W), and its target, at random but always alike for a seed."""
+        if not (self.flip or self.iou_crop or self.scale_jitter):
+            return image, target
+        state = torch.get_rng_state()
+        try:
+            # Not torch.manual_seed, which would seed the GPUs of a process without workers as well.
+            torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+            return self._draw(image, target)
+        finally:
+            torch.set_rng_state(state)
+
+    def _draw(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        if self.flip and torch.rand(()) < 0.5:
+            image, target = mirrored(image, target, self.swaps)
+        if self.iou_crop:
+            image, target = random_iou_crop(image, target)
+        if self.scale_jitter:
+            image, target = random_scale(image, target, self.scale_jitter[0], self.scale_jitter[1])
+        return image, target
+
+
+def swapped_keypoints(names: list[str]) -> list[int]:
+    """For each keypoint the one whose place it takes in a mirror: ``left_eye`` that of ``right_eye``."""
+    mirror = {
+        name: name.replace("left", "right") if "left" in name else name.replace("right", "left") for name in names
+    }
+    return [names.index(mirror[name]) if mirror[name] in names else i for i, name in enumerate(names)]
+
+
+def mirrored(image: Tensor, target: Target, swaps: list[int]) -> tuple[Tensor, Target]:
+    """Mirror left to right.
+
+    Keypoints are numbers of pixels, so that x becomes W - 1 - x; boxes are edges, so that it becomes W - x.
+    """
+    from torchvision.transforms.v2 import functional  # imported here: it costs seconds
+
+    width = image.shape[2]
+    result = dict(target)
+    result["boxes"] = functional.horizontal_flip_bounding_boxes(target["boxes"], _xyxy(), (image.shape[1], width))
+    if "masks" in target:
+        result["masks"] = functional.horizontal_flip_mask(target["masks"])
+    if "keypoints" in target:
+        points = target["keypoints"][:, swaps].clone()
+        points[..., 0] = torch.where(points[..., 2] > 0, width - 1 - points[..., 0], points[..., 0])
+        result["keypoints"] = points
+    return functional.horizontal_flip_image(image), result
+
+
+def _xyxy() -> Any:
+    """What torchvision calls boxes x1, y1, x2, y2."""
+    from torchvision.tv_tensors import BoundingBoxFormat
+
+    return BoundingBoxFormat.XYXY
+
+
+def random_iou_crop(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Cut out a random box, torchvision's ``RandomIoUCrop``; objects stay whose centres are in it."""
+    from torchvision.transforms import v2
+
+    if not len(target["boxes"]) or min(image.shape[1:]) < 8:
+        return image, target
+    return _cropped(image, target, v2.RandomIoUCrop())
+
+
+def random_scale(image: Tensor, target: Target, least: float, most: float) -> tuple[Tensor, Target]:
+    """Enlarge by a random factor, then cut out or pad with black, at a random place, to the old size."""
+    from torchvision.transforms import v2
+
+    height, width = image.shape[1:]
+    factor = least + (most - least) * torch.rand(()).item()
+    new = max(1, round(height * factor)), max(1, round(width * factor))
+    image, target = resized(image, target, *new)
+    return _cropped(image, target, v2.RandomCrop((height, width), pad_if_needed=True))
+
+
+def _cropped(image: Tensor, target: Target, crop: Any) -> tuple[Tensor, Target]:
+    """Apply a crop of torchvision's to an image and all that is on it, without objects of which nothing is left."""
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+
+    size = (int(image.shape[1]), int(image.shape[2]))
+    sample = {
+        "image": tv_tensors.Image(image),
+        "boxes": tv_tensors.BoundingBoxes(target["boxes"], format=_xyxy(), canvas_size=size),
+        "rows": torch.arange(len(target["boxes"])),
+    }
+    if "masks" in target:
+        sample["masks"] = tv_tensors.Mask(target["masks"])
+    if "keypoints" in target:
+        sample["points"] = _key_points_of_torchvision()(target["keypoints"][..., :2], canvas_size=size)
+    sample = v2.SanitizeBoundingBoxes(labels_getter=lambda inputs: inputs["rows"])(crop(sample))
+    return _unwrapped(sample, target)
+
+
+def _unwrapped(sample: dict[str, Tensor], before: Target) -> tuple[Tensor, Target]:
+    from torchvision.ops import masks_to_boxes
+
+    image, boxes, rows = (sample[key].as_subclass(Tensor) for key in ("image", "boxes", "rows"))
+    after = {"image_id": before["image_id"], "boxes": boxes}
+    after |= {key: before[key][rows] for key in ("labels", "area", "iscrowd")}
+    after["area"] = after["area"] * _areas(boxes) / _areas(before["boxes"][rows])
+    if "masks" in before:
+        after["masks"] = sample["masks"].as_subclass(Tensor)
+    if "keypoints" in before:
+        points = sample["points"].as_subclass(Tensor)[rows]
+        seen = before["keypoints"][rows][..., 2:]
+        height, width = image.shape[1:]
+        inside = ((points >= 0) & (points < torch.tensor([width, height]))).all(-1, keepdim=True)
+        after["keypoints"] = torch.cat([points, seen], dim=-1) * (inside & (seen > 0))
+    if "masks" in after and len(rows):
+        # The box of a bent object may reach into the crop and nothing else of it, or less of it than the box.
+        seen = after["masks"].flatten(1).any(1).bool()
+        after = {key: value if key == "image_id" else value[seen] for key, value in after.items()}
+        after["boxes"] = masks_to_boxes(after["masks"]) + torch.tensor([0.0, 0.0, 1.0, 1.0])
+    return image, after
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def _key_points_of_torchvision() -> Any:
+    from torchvision import tv_tensors
+
+    if not hasattr(tv_tensors, "KeyPoints"):
+        raise ValueError(
+            "iou_crop and scale_jitter move keypoints from torchvision 0.23 on: pip install -U torchvision"
+        )
+    return tv_tensors.KeyPoints
+
+
+def new_size(height: int, width: int, size: tuple[int, ...] | int | None) -> tuple[int, int]:
+    """Height and width of a resized picture; a single number is the longer side."""
+    if size is None:
+        return height, width
+    if isinstance(size, tuple):
+        return size[0], size[1]
+    factor = size / max(height, width)
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def resized(image: Tensor, target: Target, height: int, width: int) -> tuple[Tensor, Target]:
+    """Resize an image, uint8 (3, H, W), and what is on it: the image bilinear and antialiased, masks to the nearest."""
+    if tuple(image.shape[1:]) != (height, width):
+        target = resized_target(target, (int(image.shape[1]), int(image.shape[2])), (height, width))
+        image = resize(image.permute(1, 2, 0).numpy(), height, width)
+    return image, target
+
+
+def resized_target(target: Target, old: tuple[int, int], new: tuple[int, int]) -> Target:
+    """A target for a picture of another size, both (height, width)."""
+    if old == new:
+        return target
+    scale = torch.tensor([new[1] / old[1], new[0] / old[0]])
+    result = target | {"boxes": target["boxes"] * scale.repeat(2), "area": target["area"] * scale.prod()}
+    if "masks" in target:
+        masks = target["masks"][None]
+        empty = masks.new_zeros(1, 0, *new)
+        result["masks"] = (F.interpolate(masks, new, mode="nearest-exact") if masks.shape[1] else empty)[0]
+    if "keypoints" in target:
+        result["keypoints"] = target["keypoints"] * torch.cat([scale, torch.ones(1)])
+    return result
+
+
+# Reading ahead
+
+
+class WholeReader:
+    """Pictures as they are kept in memory.
+
+    Args:
+        pictures: Where from.
+        size: What they are resized to.
+        keep: False only tries to read them.
+    """
+
+    def __init__(self, pictures: AnnotatedPictures, size: tuple[int, ...] | int | None, keep: bool) -> None:
+        self.pictures = pictures
+        self.size = size
+        self.keep = keep
+
+    def __call__(self, index: int) -> Tensor:
+        """A picture, uint8 (3, H, W), or one without pixels."""
+        pixels = self.pictures.pixels(index)
+        if not self.keep:
+            return torch.empty(3, 0, 0, dtype=torch.uint8)
+        new = new_size(pixels.shape[0], pixels.shape[1], self.size)
+        if new != pixels.shape[:2]:
+            return resize(pixels, *new)
+        return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+
+
+class Samples(Dataset):
+    """Batches of pictures with what is on them: what a worker process does.
+
+    A job is ``(seed, epoch, indices)``; its result is a packed batch, or its error.
+
+    Args:
+        pictures: Where from.
+        size: What they are resized to.
+        masks: Whether targets have masks.
+        keypoints: Whether targets have keypoints.
+        augmentation: What happens in training; None is an evaluation.
+    """
+
+    def __init__(
+        self,
+        pictures: AnnotatedPictures,
+        size: tuple[int, ...] | int | None,
+        masks: bool,
+        keypoints: bool,
+        augmentation: Augmentation | None,
+    ) -> None:
+        self.pictures = pictures
+        self.size = size
+        self.masks = masks
+        self.keypoints = keypoints
+        self.augmentation = augmentation
+
+    def __getitems__(self, job: tuple[int, int, list[int]]) -> "Packed | Exception":
+        seed, epoch, indices = job
+        try:
+            return pack([self.sample(seed, epoch, index) for index in indices])
+        except (OSError, ValueError) as error:  # raised by the loader: from here it would come wrapped in a traceback
+            return error
+
+    def sample(self, seed: int, epoch: int, index: int) -> tuple[Tensor, Target]:
+        """A picture, uint8 (3, H, W), and its target."""
+        image = torch.from_numpy(np.ascontiguousarray(self.pictures.pixels(index))).permute(2, 0, 1)
+        target = self.pictures.target(index, self.masks, self.keypoints, training=self.augmentation is not None)
+        old = self.pictures.sizes[index].tolist()
+        target = resized_target(target, (old[0], old[1]), (int(image.shape[1]), int(image.shape[2])))
+        if self.augmentation is not None:
+            image, target = self.augmentation(image, target, [seed, epoch, index])
+        return resized(image, target, *new_size(int(image.shape[1]), int(image.shape[2]), self.size))
+
+
+class Packed(NamedTuple):
+    """A batch in a few tensors: each tensor that a worker hands over costs a file handle and time.
+
+    Attributes:
+        pixels: All images, uint8 (bytes,).
+        sizes: Height and width of each.
+        counts: Number of objects of each.
+        fields: The targets' tensors, one after the other; masks flat.
+    """
+
+    pixels: Tensor
+    sizes: list[tuple[int, int]]
+    counts: list[int]
+    fields: dict[str, Tensor]
+
+
+def pack(samples: list[tuple[Tensor, Target]]) -> Packed:
+    """Put images and targets one after the other."""
+    sizes = [(int(image.shape[1]), int(image.shape[2])) for image, _ in samples]
+    pixels = torch.empty(sum(3 * height * width for height, width in sizes), dtype=torch.uint8)
+    start = 0
+    for image, _ in samples:
+        pixels[start : start + image.numel()].view(image.shape).copy_(image)
+        start += image.numel()
+    fields = {}
+    for key in samples[0][1] if samples else ():
+        parts = [target[key] for _, target in samples]
+        if key == "image_id":
+            fields[key] = torch.stack(parts)
+        else:
+            fields[key] = torch.cat([part.flatten() for part in parts] if key == "masks" else parts)
+    return Packed(pixels, sizes, [len(target["boxes"]) for _, target in samples], fields)
+
+
+def unpack(packed: Packed) -> Batch:
+    """Images, uint8 (3, H, W), and targets; views of what was packed."""
+    areas = [height * width for height, width in packed.sizes]
+    images = [
+        part.view(3, *size)
+        for part, size in zip(packed.pixels.split([3 * area for area in areas]), packed.sizes, strict=True)
+    ]
+    targets: list[Target] = [{} for _ in images]
+    for key, field in packed.fields.items():
+        for target, part, size in zip(targets, _parts(key, field, packed.counts, areas), packed.sizes, strict=True):
+            target[key] = part.view(-1, *size) if key == "masks" and len(part) else part
+            if key == "masks" and not len(part):
+                target[key] = part.new_zeros(0, *size)
+    return images, targets
+
+
+def _parts(key: str, field: Tensor, counts: list[int], areas: list[int]) -> tuple[Tensor, ...]:
+    if key == "image_id":
+        return field.unbind()
+    if key == "masks":
+        return field.split([count * area for count, area in zip(counts, areas, strict=True)])
+    return field.split(counts)
+
+
+class DetectionLoader(TensorLoader):
+    """Batches ``(images, targets)``, read ahead by worker processes; images uint8 (3, H, W).
+
+    Args:
+        samples: What a worker does.
+        batch_sampler: Which pictures make a batch; its place is that of the last batch that was handed out.
+        workers: Number of processes; 0 reads in this one.
+        pin_memory: Whether to put images where a GPU fetches them fastest.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        batch_sampler: TrainingBatches | EvaluationBatches,
+        workers: int,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__((torch.arange(len(samples.pictures)),), batch_sampler)
+        self._batches = data_loader(samples, Ahead(batch_sampler), workers, pin_memory)
+
+    @property
+    def _iterator(self) -> Any:
+        """Where Lightning looks for the workers when a run is over, however it ended, to shut them down."""
+        return self._batches._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self._batches._iterator = iterator
+
+    def __iter__(self) -> Iterator[Any]:
+        # Both begin at the same place, since a generator does nothing before its first batch is taken.
+        for packed, _ in zip(self._batches, super().__iter__(), strict=True):
+            if isinstance(packed, Exception):
+                try:
+                    raise ValueError(f"{packed}{SKIP}") if isinstance(packed, ValueError) else packed
+                finally:
+                    del packed  # its traceback leads to this frame: as a cycle it would keep the workers alive
+            yield unpack(packed)
