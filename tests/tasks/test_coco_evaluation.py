@@ -15,20 +15,8 @@ from torch import tensor
 from zoo.tasks.average_precision import mean_average_precision
 from zoo.tasks.coco_evaluation import CocoEvaluation
 
-BOXES = [
-    "map",
-    "map_50",
-    "map_75",
-    "map_small",
-    "map_medium",
-    "map_large",
-    "mar_1",
-    "mar_10",
-    "mar_100",
-    "mar_small",
-    "mar_medium",
-    "mar_large",
-]
+BOXES = [f"map{end}" for end in ("", "_50", "_75", "_small", "_medium", "_large")]
+BOXES += [f"mar{end}" for end in ("_1", "_10", "_100", "_small", "_medium", "_large")]
 KEYPOINTS = [f"keypoint_{name}{end}" for name in ("map", "mar") for end in ("", "_50", "_75", "_medium", "_large")]
 ORDER = {"boxes": BOXES, "masks": [f"mask_{name}" for name in BOXES], "keypoints": KEYPOINTS}
 IOU_TYPE = {"boxes": "bbox", "masks": "segm", "keypoints": "keypoints"}
@@ -308,6 +296,8 @@ def test_what_is_missing_is_named():
     evaluation = CocoEvaluation(4, kinds=("masks",))
     with pytest.raises(ValueError, match="target of image 3 has no masks; it has boxes, labels, image_id"):
         evaluation.update([nothing], [nothing | {"image_id": tensor(3)}])
+    with pytest.raises(ValueError, match="a target has no image_id"):
+        evaluation.update([nothing], [nothing])
     with pytest.raises(ValueError, match="2 predictions were given for 1 targets"):
         evaluation.update([nothing, nothing], [nothing])
     with pytest.raises(ValueError, match="4 category_ids"):

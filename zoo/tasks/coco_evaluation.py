@@ -178,6 +178,8 @@ class CocoEvaluation(Metric):
 
     def _image(self, prediction: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
         """An image's detections and truths as arrays on the CPU, checked."""
+        if "image_id" not in target:
+            raise ValueError(f"a target has no image_id, by which images are counted; it has {', '.join(target)}")
         image_id = int(target["image_id"])
         truths = self._objects(target, f"target of image {image_id}")
         found = self._objects(prediction, f"prediction of image {image_id}", ["scores"])
@@ -255,11 +257,13 @@ def _accumulated(
     coco, evaluator, _ = _libraries(backend)
     sides = []
     for annotations in (_truths(images, kind), _detections(images, kind, backend)):
+        for number, annotation in enumerate(annotations, 1):  # 0 would mean that nothing matches
+            annotation["id"] = number
         side = coco()
         side.dataset = {
             "images": [{"id": i["image_id"], "height": i["size"][0], "width": i["size"][1]} for i in images],
             "categories": [{"id": k, "name": str(k)} for k in range(1, num_classes + 1)],
-            "annotations": [annotation | {"id": n} for n, annotation in enumerate(annotations, 1)],  # 0 means no match
+            "annotations": annotations,
         }
         sides.append(side)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
@@ -319,7 +323,9 @@ def _detections(images: list[dict[str, Any]], kind: Kind, backend: Backend | Non
         areas = mask.area([result["segmentation"] for result in results]).tolist() if results else []
     else:
         areas = [np.ptp(r["keypoints"][0::3]) * np.ptp(r["keypoints"][1::3]) for r in results]
-    return [result | {"area": float(area), "iscrowd": 0} for result, area in zip(results, areas, strict=True)]
+    for result, area in zip(results, areas, strict=True):
+        result |= {"area": float(area), "iscrowd": 0}
+    return results
 
 
 def _numbers(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
@@ -383,14 +389,12 @@ def _array(values: Any) -> np.ndarray:
 def _encode(masks: Tensor) -> tuple[list[dict[str, Any]], tuple[int, int]]:
     """Run lengths of masks (R, 1, H, W) or (R, H, W), and (H, W)."""
     height, width = masks.shape[-2:]
+    inside = masks.detach() > 0.5 if masks.is_floating_point() else masks != 0
     # Run lengths go down the columns; transposed on the masks' own device, the bytes lie as the library wants them.
-    columns = (masks.detach().reshape(-1, height, width) > 0.5).transpose(1, 2).to(torch.uint8).contiguous().cpu()
-    runs = _libraries(None)[2].encode(columns.numpy().transpose(2, 1, 0)) if len(masks) else []
-    return [{"size": [height, width], "counts": _text(run["counts"])} for run in runs], (height, width)
-
-
-def _text(counts: bytes | str) -> str:
-    return counts if isinstance(counts, str) else counts.decode("ascii")
+    columns = inside.view(torch.uint8).reshape(-1, height, width).transpose(1, 2).contiguous().cpu()
+    # pycocotools' encoder takes half the time of faster-coco-eval's.
+    runs = _libraries("pycocotools")[2].encode(columns.numpy().transpose(2, 1, 0)) if len(masks) else []
+    return [{"size": [height, width], "counts": run["counts"].decode("ascii")} for run in runs], (height, width)
 
 
 def _sides(boxes: np.ndarray) -> np.ndarray:
