@@ -97,7 +97,7 @@ def test_a_damaged_download_is_refused_and_removed(cache, server, published):
 def test_names_that_there_are_not():
     with pytest.raises(ValueError, match="no weights IMAGENET1K_V7: there are IMAGENET1K_V1, DEFAULT"):
         SqueezeNet(weights="IMAGENET1K_V7")
-    with pytest.raises(ValueError, match="torchvision publishes no weights for this LeNet: give a file"):
+    with pytest.raises(ValueError, match="torchvision publishes no weights for this architecture: give a file"):
         LeNet(weights="DEFAULT")
 
 

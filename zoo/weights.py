@@ -25,7 +25,13 @@ from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD
 
 FORMAT = "1"
 TORCHVISION_NAME = re.compile(r"[A-Z][A-Z0-9_]*")  # DEFAULT, IMAGENET1K_V2, …: no file is called so
-NOT_SAVED = ("optimizer", "scheduler", "weights", "keep_matching_classes")  # arguments of a run, not of the network
+NOT_SAVED = (
+    "optimizer",
+    "scheduler",
+    "weights",
+    "backbone_weights",
+    "keep_matching_classes",
+)  # of a run, not the network
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,18 @@ class Published:
     heads: dict[str, str]
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        """Whether a file has the published keys."""
+        return not any(key.startswith("backbone.") for key in state)
+
+    def class_names(self, state: dict[str, Tensor]) -> list[str]:
+        """ImageNet's names if the head, under our keys, has 1,000 rows and torchvision published it; else none."""
+        from torchvision.models import AlexNet_Weights
+
+        names = list(AlexNet_Weights.IMAGENET1K_V1.meta["categories"])
+        rows = [value.shape[0] for key, value in state.items() if key.startswith("head.") and value.ndim]
+        return names if self.builder and len(names) in rows else []
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Published tensors under our keys."""
@@ -230,18 +248,17 @@ def load_weights(module: LightningModule, weights: str, keep_matching_classes: b
 
 
 def _read_as_ours(module: LightningModule, weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors under our keys and what the file says of itself; published files are named after ImageNet's classes."""
+    """Tensors under our keys and what the file says of itself; published files get the names of their classes."""
     published: Published | None = getattr(module, "published", None)
-    by_name = TORCHVISION_NAME.fullmatch(weights) and not Path(weights).exists()
-    state, header = read_weights(fetch_torchvision(module, weights) if by_name else locate(weights))
+    state, header = read_weights(find_weights(weights, published.builder if published else None))
     broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise ValueError(f"{weights} holds values that are no numbers in {', '.join(broken[:4])}: use another file")
-    if published is None or any(key.startswith("backbone.") for key in state):
+    if published is None or not published.recognises(state):
         return state, header
     state = published.rename(state)
-    if published.builder:
-        header["class_names"] = _imagenet_names(module, state)
+    header["class_names"] = published.class_names(state)
+    _take_names(module, header["class_names"])
     return state, header
 
 
@@ -250,7 +267,8 @@ def _match(
 ) -> tuple[dict[str, Tensor], Transfer, list[str]]:
     """Which tensors a module takes, what becomes of its own, and what does not fit."""
     own = module.state_dict()
-    rows = _matching_rows(module, header) if keep_matching_classes else []
+    ours = _classes(module, getattr(module, "class_names", []))
+    rows = _matching_rows(ours, _classes(module, header.get("class_names") or [])) if keep_matching_classes else []
     taken: dict[str, Tensor] = {}
     transfer = Transfer([], {}, [])
     wrong: list[str] = []
@@ -263,9 +281,9 @@ def _match(
             transfer.fresh.append(key)
         elif key not in state:
             wrong.append(f"{key} is missing")
-        elif by_class and rows and len(mine) == module.hparams["num_classes"]:
-            taken[key] = _rows_of(mine, state[key], rows)
-            transfer.resized[key] = f"{len(rows)} of {len(mine)} rows kept by class name"
+        elif by_class and rows and len(mine) == (each := _rows_per_class(module, key)) * len(ours):
+            taken[key] = _rows_of(mine, state[key], rows, each)
+            transfer.resized[key] = f"{len(rows)} of {len(ours)} rows kept by class name"
         elif state[key].shape == mine.shape:
             taken[key] = state[key]
             transfer.loaded.append(key)
@@ -273,15 +291,16 @@ def _match(
             transfer.fresh.append(key)
         else:
             wrong.append(f"{key} has shape {tuple(state[key].shape)}, expected {tuple(mine.shape)}")
-    wrong += [f"{key} is unknown" for key in state if key not in own and not key.startswith("head.")]
+    known = {*own, *(key for key in state if key.endswith("num_batches_tracked"))}
+    wrong += [f"{key} is unknown" for key in state if key not in known and not key.startswith("head.")]
     return taken, transfer, wrong
 
 
-def _rows_of(mine: Tensor, theirs: Tensor, rows: list[tuple[int, int]]) -> Tensor:
-    """Our tensor with some of its rows taken from theirs."""
+def _rows_of(mine: Tensor, theirs: Tensor, rows: list[tuple[int, int]], each: int) -> Tensor:
+    """Our tensor with the rows of some classes, ``each`` for a class, taken from theirs."""
     kept = mine.clone()
     for to, source in rows:
-        kept[to] = theirs[source]
+        kept[to * each : (to + 1) * each] = theirs[source * each : (source + 1) * each]
     return kept
 
 
@@ -311,23 +330,31 @@ def locate(weights: str) -> Path:
         ) from error
 
 
-def fetch_torchvision(module: LightningModule, name: str) -> Path:
+def find_weights(weights: str, builder: str | None) -> Path:
+    """The local file of :func:`locate`'s names, or of torchvision's for a function of ``torchvision.models``."""
+    by_name = TORCHVISION_NAME.fullmatch(weights) and not Path(weights).exists()
+    return fetch_torchvision(builder, weights) if by_name else locate(weights)
+
+
+def fetch_torchvision(builder: str | None, name: str) -> Path:
     """The file of torchvision's weights of that name, downloaded to its cache if it is not there yet.
+
+    Args:
+        builder: The function of ``torchvision.models`` whose weights they are; None if torchvision has none.
+        name: ``DEFAULT``, ``IMAGENET1K_V1``, …
 
     Raises:
         FileNotFoundError: It is not in the cache and cannot be downloaded.
         ValueError: There are no weights of that name for this architecture.
     """
-    published: Published | None = getattr(module, "published", None)
-    architecture = type(module).__name__
-    if published is None or published.builder is None:
-        raise ValueError(f"torchvision publishes no weights for this {architecture}: give a file in place of {name}")
+    if builder is None:
+        raise ValueError(f"torchvision publishes no weights for this architecture: give a file in place of {name}")
     from torch.hub import download_url_to_file, get_dir
     from torchvision.models import get_model_weights
 
-    known = get_model_weights(published.builder).__members__
+    known = get_model_weights(builder).__members__
     if name not in known:
-        raise ValueError(f"{published.builder} has no weights {name}: there are {', '.join(known)}")
+        raise ValueError(f"{builder} has no weights {name}: there are {', '.join(known)}")
     url = known[name].url
     path = Path(get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if path.is_file():
@@ -352,21 +379,25 @@ def fetch_torchvision(module: LightningModule, name: str) -> Path:
     return path
 
 
-def _imagenet_names(module: LightningModule, state: dict[str, Tensor]) -> list[str]:
-    """ImageNet's class names if a published head has 1,000 rows; the module takes them if it has as many, unnamed."""
-    from torchvision.models import AlexNet_Weights
-
-    names = list(AlexNet_Weights.IMAGENET1K_V1.meta["categories"])
-    if len(names) not in [value.shape[0] for key, value in state.items() if key.startswith("head.") and value.ndim]:
-        return []
-    if module.hparams.get("num_classes") == len(names) and module.hparams.get("class_names") is None:
-        module.class_names = names  # type: ignore[assignment]
-        module.hparams["class_names"] = names
-    return names
+def _take_names(module: LightningModule, names: list[str]) -> None:
+    """A module of as many classes that was given no names takes the published ones."""
+    if names and module.hparams.get("num_classes") == len(names) and module.hparams.get("class_names") is None:
+        module.class_names = list(names)  # type: ignore[assignment]
+        module.hparams["class_names"] = list(names)
 
 
-def _matching_rows(module: LightningModule, header: dict[str, Any]) -> list[tuple[int, int]]:
+def _rows_per_class(module: LightningModule, key: str) -> int:
+    """How many rows of a head's tensor belong to a class: one, unless the task says otherwise."""
+    several: dict[str, int] = getattr(module, "rows_per_class", {})
+    return next((rows for part, rows in several.items() if part in key), 1)
+
+
+def _classes(module: LightningModule, names: list[str]) -> list[str]:
+    """What the rows of a head stand for: the classes, behind the background where the task has one."""
+    return [*getattr(module, "background", []), *names]
+
+
+def _matching_rows(ours: list[str], theirs: list[str]) -> list[tuple[int, int]]:
     """Pairs (row of ours, row of theirs) of the classes that have the same name."""
-    theirs = {name: row for row, name in enumerate(header.get("class_names") or [])}
-    names = getattr(module, "class_names", [])
-    return [(row, theirs[name]) for row, name in enumerate(names) if name in theirs]
+    places = {name: row for row, name in enumerate(theirs)}
+    return [(row, places[name]) for row, name in enumerate(ours) if name in places]

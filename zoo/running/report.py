@@ -222,9 +222,11 @@ def curves_figure(series: dict[str, list[tuple[int, float]]]) -> "Figure | None"
     panels = sorted({name.split("/", 1)[1] for name in curves})
     if not panels:
         return None
-    figure = Figure(figsize=(5.2 * len(panels), 3.4), layout="constrained")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.4 * rows), layout="constrained")
     for place, panel in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), place)
+        axes = figure.add_subplot(rows, columns, place)
         for stage, color in (("train", "tab:blue"), ("val", "tab:orange")):
             points = curves.get(f"{stage}/{panel}", [])
             if points:
@@ -236,7 +238,8 @@ def curves_figure(series: dict[str, list[tuple[int, float]]]) -> "Figure | None"
         axes.set_title(panel)
         axes.grid(alpha=0.3)
         axes.legend()
-        if "loss" in panel:
+        low, high = axes.dataLim.intervaly
+        if "loss" in panel and 0 < 5 * low < high:  # else the scale has no whole powers of ten to show
             axes.set_yscale("log")
     return figure
 
@@ -250,7 +253,7 @@ def _section(run: Run) -> str:
     config = run.folder / "config.yaml"
     facts = {
         "failed": run.error,
-        "architecture": f"{run.architecture}, {run.parameters:,} parameters",
+        "architecture": f"{run.architecture}, {run.parameters:,} parameter{'s' * (run.parameters != 1)}",
         "data": run.data_note,
         "training": run.training,
         "command": run.command,
