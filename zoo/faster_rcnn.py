@@ -7,6 +7,7 @@ Built from torchvision, so that its weights load by name; what they cannot say (
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -36,7 +37,9 @@ CLASSIFIERS: dict[str, str] = {  # whose trunks they have
     "squeezenet1_0": "squeezenet1_0",
 }
 STAGES: dict[str, int] = {"resnet50": 5, "resnet50_v2": 5, "mobilenet_v3_large": 6, "squeezenet1_0": 4}
-OLD_KEYS = {  # of files before torchvision 0.14, which the first published weights are
+OLD_KEYS: dict[
+    str, str | Callable[[re.Match[str]], str]
+] = {  # of files before torchvision 0.14, which the first published weights are
     r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)$": r"\1.0.\2",
     r"^rpn\.head\.conv\.(weight|bias)$": r"rpn.head.conv.0.0.\1",
     r"^roi_heads\.mask_head\.mask_fcn(\d)\.": lambda found: f"roi_heads.mask_head.{int(found[1]) - 1}.0.",
@@ -186,10 +189,10 @@ def region_options(
 
 def take_pieces(module: LightningModule, built: nn.Module) -> None:
     """Give a module the parts of torchvision's network: ``backbone``, ``rpn``, ``head`` (the regions'), ``resize``."""
-    module.backbone = built.backbone  # type: ignore[assignment]
-    module.rpn = built.rpn  # type: ignore[assignment]
-    module.head = built.roi_heads  # type: ignore[assignment]
-    module.resize = built.transform  # type: ignore[assignment]
+    module.backbone = built.backbone
+    module.rpn = built.rpn
+    module.head = built.roi_heads
+    module.resize = built.transform
 
 
 def assembled(module: LightningModule) -> Any:
