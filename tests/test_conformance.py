@@ -43,6 +43,9 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {  # (architecture, test) -> reason
 
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
 RECIPES = pytest.mark.parametrize("recipe", recipes.names())
+NO_AUGMENTATION = {"classification": {"translate": "0"}, "detection": {"flip": "false"}}  # of the embedded recipes
+# To what share of its first value the loss falls within so many steps on one batch.
+OVERFIT = {"classification": (50, 0.1), "detection": (80, 0.3)}
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -88,6 +91,20 @@ def first_batch(data: LightningDataModule):
     data.prepare_data()
     data.setup("predict")
     return data.on_after_batch_transfer(next(iter(data.predict_dataloader())), 0)
+
+
+def same(one, other) -> bool:
+    """Whether outputs are alike to the last bit: tensors, or lists and dicts of them."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+
+
+def shortened(split, samples):
+    """The first samples of a split: tensors side by side, or anything that can be sliced."""
+    return tuple(part[:samples] for part in split) if isinstance(split, tuple) else split[:samples]
 
 
 def same_weights(one, other) -> bool:
@@ -169,11 +186,15 @@ class Losses(Callback):
 def test_it_starts_at_the_loss_of_chance_and_overfits_one_batch(name):
     losses = Losses()
     # Without augmentation, as the lecture says: one batch is then always the same.
-    model, data = build(name, "--data.init_args.batch_size", "16", "--data.init_args.translate", "0")
-    fit(model, data, [losses], max_steps=50, max_epochs=-1, overfit_batches=1, limit_val_batches=0)
+    plain = [
+        part for key, value in NO_AUGMENTATION[task_of(name)].items() for part in (f"--data.init_args.{key}", value)
+    ]
+    model, data = build(name, "--data.init_args.batch_size", "16", *plain)
+    steps, share = OVERFIT[task_of(name)]
+    fit(model, data, [losses], max_steps=steps, max_epochs=-1, overfit_batches=1, limit_val_batches=0)
     if task_of(name) == "classification":
         assert losses.values[0] == pytest.approx(model.chance_loss, rel=0.1)
-    assert min(losses.values[-5:]) < 0.1 * losses.values[0]
+    assert min(losses.values[-5:]) < share * losses.values[0]
 
 
 @EVERY
@@ -183,10 +204,10 @@ def test_a_checkpoint_gives_the_same_outputs_bit_for_bit_also_through_safetensor
     images = first_batch(data)[0][:8]
     expected = model(images)
     from_checkpoint = zoo.load(path)
-    assert torch.equal(from_checkpoint(images), expected)
+    assert same(from_checkpoint(images), expected)
     zoo.save(from_checkpoint, tmp_path / "w.safetensors")
-    assert torch.equal(zoo.load(tmp_path / "w.safetensors")(images), expected)
-    assert torch.equal(type(model).load_from_checkpoint(path).eval()(images), expected)
+    assert same(zoo.load(tmp_path / "w.safetensors")(images), expected)
+    assert same(type(model).load_from_checkpoint(path).eval()(images), expected)
     json.dumps(read_checkpoint(path)["zoo"])
 
 
@@ -227,11 +248,11 @@ def test_two_processes_evaluate_to_the_same_metrics_as_one(name, samples):
         model, data = build(name)
         data.prepare_data()
         data.setup("test")
-        data.test_set = tuple(tensor[:samples] for tensor in data.test_set)
+        data.test_set = shortened(data.test_set, samples)
         data.eval_batch_size = 4
         trainer = Trainer(**QUIET, accelerator="cpu", strategy=strategy, devices=devices, enable_checkpointing=False)
         metrics.append({k: float(v) for k, v in trainer.test(model, data, verbose=False)[0].items()})
-    assert metrics[0] == pytest.approx(metrics[1], abs=1e-6)
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-6, nan_ok=True)
     assert metrics[0]["test/samples"] == samples
 
 
@@ -261,7 +282,10 @@ def test_fine_tuning_to_another_number_of_classes_replaces_the_head_and_only_the
     started = type(model)(**arguments | {"num_classes": classes}, weights=str(path))
     assert all(torch.equal(a, b) for a, b in zip(
         started.backbone.state_dict().values(), model.backbone.state_dict().values(), strict=True))  # fmt: skip
-    assert any(classes in value.shape for value in started.head.state_dict().values())
+    others = [
+        a.shape for a, b in zip(started.head.parameters(), model.head.parameters(), strict=True) if a.shape != b.shape
+    ]
+    assert others, "something of the head has the classes' number"
     again = type(model)(**arguments, weights=str(path))
     assert same_weights(again, model), "the head of as many classes is kept"
 
