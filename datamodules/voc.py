@@ -238,27 +238,29 @@ def find_classes(folder: Path, skip: bool = False) -> list[str]:
     """VOC's twenty classes where a set has those, else its own, sorted.
 
     Args:
-        folder: With ``Annotations``; of one that is named as VOC's own the first hundred files decide, or it is not
-            there yet.
+        folder: With ``Annotations``. One that is named as VOC's own and has no other classes has the twenty; of that
+            the first hundred files decide. One that is still to be downloaded has them too.
         skip: Pass over broken files; else they are an error.
 
     Raises:
         ValueError: A file is broken, or no file has an object.
     """
+    if not (folder / "Annotations").is_dir():
+        return list(CLASSES)
+    named_as_vocs = re.fullmatch(r"VOC20\d\d", folder.name) is not None
     names: set[str] = set()
     for i, path in enumerate(sorted((folder / "Annotations").glob("*.xml"))):
-        if i == 100 and names <= set(CLASSES) and re.fullmatch(r"VOC20\d\d", folder.name):
-            return list(CLASSES)  # to read all takes seconds
+        if i == 100 and named_as_vocs and names <= set(CLASSES):
+            break  # to read all takes seconds
         try:
             names |= {text.strip() for item in parse(path).iter("object") if (text := item.findtext("name"))}
         except ValueError:
             if not skip:
                 raise
-    if not (folder / "Annotations").is_dir():
-        return list(CLASSES)
     if not names:
         raise ValueError(f"{folder / 'Annotations'} has no xml files with objects, so that there is nothing to detect")
-    return list(CLASSES) if names == set(CLASSES) else sorted(names)
+    twenty = names == set(CLASSES) or (named_as_vocs and names <= set(CLASSES))
+    return list(CLASSES) if twenty else sorted(names)
 
 
 def parse(path: Path) -> ElementTree.Element:
