@@ -13,12 +13,18 @@ for both.
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torchvision.ops import box_convert, box_iou, nms
+
+from zoo.running.optimizing import SchedulerCallable
+from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, standardized
+from zoo.tasks.detection import Detections, DetectionTask, Target
+from zoo.weights import Published, load_weights
 
 STRIDE = 32  # pixels of a cell
 # Width and height in cells.
@@ -311,3 +317,85 @@ def _check_labels(classes: Tensor, num_classes: int) -> None:
     if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
         wrong = sorted({k + 1 for k in classes.tolist() if not 0 <= k < num_classes})
         raise ValueError(f"labels {wrong} are none of 1 to {num_classes}, the classes of the network")
+
+
+class SingleStageDetector(DetectionTask):
+    """The assignment's single-stage detector on MobileNetV2.
+
+    Args:
+        num_classes: Number of classes.
+        class_names: Their names, in the order of the labels 1, 2, …; None calls them "1", "2", ….
+        width: Factor of the backbone's channels; published weights are for 1.
+        image_size: Side in pixels of the squares that pictures are brought to, a multiple of 32.
+        dropout: Share of the hidden values of the head that are dropped.
+        negative: Overlap with all true boxes below which an anchor may be taught that it has no object; the
+            assignment's is 0.2.
+        score_threshold: Score above which a box counts; for average precision it should be small.
+        overlap: Intersection over union with a better box from which a box is dropped.
+        class_scores: Score by confidence times probability of the class; the assignment has the confidence alone.
+        mean: Mean of each colour, which the first layer subtracts; replaced by that of the weights it starts from.
+        std: Standard deviation of each colour, which the first layer divides by; replaced likewise.
+        weights: torchvision's name of MobileNetV2's (``IMAGENET1K_V1``, …), a file (``.safetensors``, ``.ckpt``,
+            ``.pth``) or ``hf://owner/name``. The head is fresh where the classes differ.
+        keep_matching_classes: Keep the rows of the head whose class names match.
+        optimizer: Makes the optimizer from the parameters. Default: the assignment's, for 100 pictures a step.
+        scheduler: Makes the schedule from the optimizer and the run's number of steps. Default: none.
+    """
+
+    background: ClassVar[list[str]] = []
+
+    anchors: Tensor  # (9, S, S, 4)
+
+    def __init__(
+        self,
+        num_classes: int = 20,
+        class_names: list[str] | None = None,
+        width: float = 1.0,
+        image_size: int = 224,
+        dropout: float = 0.3,
+        negative: float = 0.2,
+        score_threshold: float = 0.5,
+        overlap: float = 0.7,
+        class_scores: bool = False,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        weights: str | None = None,
+        keep_matching_classes: bool = False,
+        optimizer: OptimizerCallable = lambda params: optim.SGD(params, lr=0.05),
+        scheduler: SchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(num_classes, class_names, optimizer, scheduler)
+        self.example_input_array = torch.zeros(1, 3, image_size, image_size)
+        self.image_size = image_size
+        self.negative = negative
+        self.score_threshold = score_threshold
+        self.overlap = overlap
+        self.class_scores = class_scores
+        self.published = Published("mobilenet_v2", {"classifier.": "head.imagenet."})
+        features = mobilenet_features(width)
+        self.backbone = standardized(features, mean, std)
+        self.head = SingleStageHead(last_channels(features), num_classes, len(ANCHORS), dropout)
+        self.register_buffer("anchors", grid_anchors(image_size // STRIDE, torch.tensor(ANCHORS).float()), False)
+        self.to(memory_format=torch.channels_last)
+        if weights is not None:
+            load_weights(self, weights, keep_matching_classes)
+
+    def detect(self, images: list[Tensor]) -> Detections:
+        """Boxes in the images' pixels, labels 1…C, scores."""
+        if not images:
+            return []
+        confidences, offsets, logits = self.head(self.backbone(squash(images, self.image_size)))
+        limits = self.score_threshold, self.overlap, self.class_scores
+        return [
+            select(confidences[k], offsets[k], logits[k], self.anchors, (image.shape[1], image.shape[2]), *limits)
+            for k, image in enumerate(images)
+        ]
+
+    def losses(self, images: list[Tensor], targets: list[Target]) -> dict[str, Tensor]:
+        """``loss_objectness``, ``loss_box``, ``loss_class``."""
+        confidences, offsets, logits = self.head(self.backbone(squash(images, self.image_size)))
+        cells = self.image_size // STRIDE
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        boxes = [to_cells(target["boxes"], size, cells) for target, size in zip(targets, sizes, strict=True)]
+        labels = [target["labels"] for target in targets]
+        return single_stage_losses(confidences, offsets, logits, self.anchors, boxes, labels, self.negative)

@@ -12,7 +12,7 @@ import socket
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
@@ -268,21 +268,22 @@ def _match(
     """Which tensors a module takes, what becomes of its own, and what does not fit."""
     own = module.state_dict()
     ours = _classes(module, getattr(module, "class_names", []))
-    rows = _matching_rows(ours, _classes(module, header.get("class_names") or [])) if keep_matching_classes else []
+    theirs = _classes(module, header.get("class_names") or [])
+    rows = _matching_rows(ours, theirs) if keep_matching_classes else []
     taken: dict[str, Tensor] = {}
     transfer = Transfer([], {}, [])
     wrong: list[str] = []
     for key, mine in own.items():
         in_head = key.startswith("head.")
-        by_class = in_head and key in state and state[key].shape[1:] == mine.shape[1:]
+        by_class = in_head and mine.ndim and key in state and state[key].shape[1:] == mine.shape[1:]
         if key not in state and key.endswith("num_batches_tracked"):
             continue  # a count that nothing here reads and older files lack
         if key not in state and in_head:
             transfer.fresh.append(key)
         elif key not in state:
             wrong.append(f"{key} is missing")
-        elif by_class and rows and len(mine) == (each := _rows_per_class(module, key)) * len(ours):
-            taken[key] = _rows_of(mine, state[key], rows, each)
+        elif by_class and rows and (kept := _rows_of(module, key, mine, state[key], ours, theirs)) is not None:
+            taken[key] = kept
             transfer.resized[key] = f"{len(rows)} of {len(ours)} rows kept by class name"
         elif state[key].shape == mine.shape:
             taken[key] = state[key]
@@ -296,12 +297,25 @@ def _match(
     return taken, transfer, wrong
 
 
-def _rows_of(mine: Tensor, theirs: Tensor, rows: list[tuple[int, int]], each: int) -> Tensor:
-    """Our tensor with the rows of some classes, ``each`` for a class, taken from theirs."""
+def _rows_of(
+    module: LightningModule, key: str, mine: Tensor, given: Tensor, ours: list[str], theirs: list[str]
+) -> Tensor | None:
+    """Our tensor with the rows of the classes that both have taken from theirs; None if its rows are no classes'."""
+    to, source = _class_rows(module, key, len(mine), len(ours)), _class_rows(module, key, len(given), len(theirs))
+    if to is None or source is None:
+        return None
     kept = mine.clone()
-    for to, source in rows:
-        kept[to * each : (to + 1) * each] = theirs[source * each : (source + 1) * each]
+    for our_class, their_class in _matching_rows(ours, theirs):
+        kept[to[our_class]] = given[source[their_class]].to(kept)
     return kept
+
+
+def _class_rows(module: LightningModule, key: str, rows: int, classes: int) -> list[Tensor] | None:
+    """Which rows of a head's tensor belong to each class: one, unless the module has a ``class_rows`` of its own."""
+    own: Any = getattr(module, "class_rows", None)
+    if own is not None:
+        return cast(list[Tensor] | None, own(key, rows, classes))
+    return list(torch.arange(rows)[:, None]) if rows == classes else None
 
 
 def locate(weights: str) -> Path:
@@ -384,12 +398,6 @@ def _take_names(module: LightningModule, names: list[str]) -> None:
     if names and module.hparams.get("num_classes") == len(names) and module.hparams.get("class_names") is None:
         module.class_names = list(names)  # type: ignore[assignment]
         module.hparams["class_names"] = list(names)
-
-
-def _rows_per_class(module: LightningModule, key: str) -> int:
-    """How many rows of a head's tensor belong to a class: one, unless the task says otherwise."""
-    several: dict[str, int] = getattr(module, "rows_per_class", {})
-    return next((rows for part, rows in several.items() if part in key), 1)
 
 
 def _classes(module: LightningModule, names: list[str]) -> list[str]:

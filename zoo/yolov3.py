@@ -11,14 +11,20 @@ a true one by more than 0.7 count as no negatives (paper: 0.5), and large boxes 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
+from pathlib import Path
+from typing import ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
-from zoo.darknet import convolution
+from zoo.darknet import convolution, load_darknet
+from zoo.running.optimizing import SchedulerCallable
+from zoo.running.schedules import Step
+from zoo.tasks.detection import Detections, DetectionTask, Target
+from zoo.weights import load_weights
 
 STRIDE = 32  # pixels of a cell of the coarsest grid
 # Width and height in pixels of the network's input; masks: which of them each grid owns, the coarsest grid first.
@@ -26,6 +32,7 @@ ANCHORS = [(10, 13), (16, 30), (33, 23), (30, 61), (62, 45), (59, 119), (116, 90
 MASKS = [[6, 7, 8], [3, 4, 5], [0, 1, 2]]
 TINY_ANCHORS = [(10, 14), (23, 27), (37, 58), (81, 82), (135, 169), (344, 319)]
 TINY_MASKS = [[3, 4, 5], [0, 1, 2]]  # the first weights that were published have [[3, 4, 5], [1, 2, 3]]
+DARKNET_SUFFIXES = (".weights", ".74", ".15")  # yolov3.weights, darknet53.conv.74, yolov3-tiny.conv.15
 FAR = 2048  # pixels; a box that reaches beyond is cut there before boxes are compared
 
 
@@ -538,3 +545,98 @@ def best_overlap(boxes: Tensor, truths: Tensor) -> Tensor:
     both = wide.mul_(high)  # (N, P, T)
     areas = (mine[2] - mine[0]) * (mine[3] - mine[1]) + (theirs[2] - theirs[0]) * (theirs[3] - theirs[1])
     return both.div_((areas - both).clamp(min=1e-9)).amax(2)
+
+
+class YOLOv3(DetectionTask):
+    """YOLOv3, or tiny-YOLOv3, with Darknet's weights, loss and letterbox.
+
+    Args:
+        num_classes: Number of classes.
+        class_names: Their names, in the order of the labels 1, 2, …; None calls them "1", "2", ….
+        tiny: Build tiny-YOLOv3, with two grids.
+        width: Factor of all channels; 1 is the paper's.
+        image_size: Side in pixels of the squares into which pictures are fitted, a multiple of 32.
+        anchors: Width and height of each anchor in pixels of such a square; None: the paper's for COCO at 416 pixels.
+        masks: Numbers of the anchors that each grid owns, the coarsest grid first; None: Darknet's.
+        prior: Objectness that an untrained network gives to a box; Darknet's is 0.5.
+        ignore: Overlap with a true box above which a box is taught no objectness.
+        score_threshold: Smallest score of a detection; Darknet has 0.005 to measure and 0.24 or 0.5 to show.
+        overlap: Intersection over union with a better box of the same class from which a box is dropped.
+        detections: Detections of an image, at most.
+        weights: Darknet's file (``yolov3.weights``, ``yolov3-tiny.weights``, ``darknet53.conv.74``), a file of the zoo
+            (``.safetensors``, ``.ckpt``, ``.pth``) or ``hf://owner/name``. The outputs are fresh where the number of
+            classes differs.
+        keep_matching_classes: Keep the rows of the outputs whose class names match; Darknet's files have no names.
+        optimizer: Makes the optimizer from the parameters. Default: Darknet's, for 64 pictures a step.
+        scheduler: Makes the schedule from the optimizer and the run's number of steps. Default: Darknet's, a tenth of
+            the rate after 400,000 and 450,000 of 500,200 steps.
+    """
+
+    background: ClassVar[list[str]] = ["(box)"]
+
+    head: YOLOv3Head
+
+    def __init__(
+        self,
+        num_classes: int = 80,
+        class_names: list[str] | None = None,
+        tiny: bool = False,
+        width: float = 1.0,
+        image_size: int = 416,
+        anchors: list[list[float]] | None = None,
+        masks: list[list[int]] | None = None,
+        prior: float = 0.5,
+        ignore: float = 0.7,
+        score_threshold: float = 0.005,
+        overlap: float = 0.45,
+        detections: int = 100,
+        weights: str | None = None,
+        keep_matching_classes: bool = False,
+        optimizer: OptimizerCallable = lambda params: optim.SGD(params, lr=1e-3, momentum=0.9, weight_decay=5e-4),
+        scheduler: SchedulerCallable | None = lambda optimizer, steps: Step(optimizer, steps, [0.8, 0.9], warmup=0.002),
+    ) -> None:
+        super().__init__(num_classes, class_names, optimizer, scheduler)
+        self.example_input_array = torch.zeros(1, 3, image_size, image_size)
+        self.image_size = image_size
+        self.ignore = ignore
+        self.score_threshold = score_threshold
+        self.overlap = overlap
+        self.detections = detections
+        shapes = [(w, h) for w, h in anchors] if anchors else (TINY_ANCHORS if tiny else ANCHORS)
+        network = YOLOv3Network(num_classes, tiny, width, shapes, masks, prior)
+        self.backbone = network.backbone
+        self.head = network.head
+        self.to(memory_format=torch.channels_last)
+        if weights is not None and Path(weights).suffix not in DARKNET_SUFFIXES:
+            load_weights(self, weights, keep_matching_classes)
+        elif weights is not None:
+            load_darknet(self, weights, len(self.head.masks[0]))
+
+    def class_rows(self, key: str, rows: int, classes: int) -> list[Tensor] | None:
+        """Which rows of an output's tensor belong to the boxes, and which to each class, of all its anchors."""
+        anchors = len(self.head.masks[0])
+        if not key.endswith(("output.weight", "output.bias")) or rows != anchors * (4 + classes):
+            return None
+        numbers = torch.arange(rows).view(anchors, 4 + classes)  # of each anchor: box, objectness, classes
+        return [numbers[:, :5].flatten(), *numbers[:, 5:].T]
+
+    def detect(self, images: list[Tensor]) -> Detections:
+        """Boxes in the images' pixels, labels 1…C, scores."""
+        if not images:
+            return []
+        squares, where = letterbox(images, self.image_size)
+        outputs = self.head(self.backbone(squares))
+        boxes, objectness, classes = decode(outputs, self.head.anchors, self.head.masks, self.image_size)
+        limits = self.score_threshold, self.overlap, self.detections
+        return [
+            select(boxes[k], objectness[k], classes[k], where[k], (image.shape[1], image.shape[2]), *limits)
+            for k, image in enumerate(images)
+        ]
+
+    def losses(self, images: list[Tensor], targets: list[Target]) -> dict[str, Tensor]:
+        """``loss_box``, ``loss_objectness``, ``loss_class``."""
+        squares, where = letterbox(images, self.image_size)
+        outputs = self.head(self.backbone(squares))
+        boxes = [place(target["boxes"], spot) for target, spot in zip(targets, where, strict=True)]
+        labels = [target["labels"] for target in targets]
+        return yolo_losses(outputs, boxes, labels, self.head.anchors, self.head.masks, self.image_size, self.ignore)

@@ -1,7 +1,7 @@
 """Object detection, instance segmentation and keypoints: losses of the architecture, average precision after COCO."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
@@ -46,8 +46,7 @@ class DetectionTask(LightningModule):
     """
 
     monitor_mode = "max"
-    background = ["(background)"]  # what the heads' first row stands for
-    rows_per_class = {"bbox_pred": 4}  # of tensors, by a part of their names, that have more than one
+    background: ClassVar[list[str]] = ["(background)"]  # what the heads' first row stands for
 
     backbone: torch.nn.Module
     head: torch.nn.Module
@@ -91,6 +90,14 @@ class DetectionTask(LightningModule):
         if self.training:
             raise ValueError(f"{type(self).__name__} detects in evaluation mode: call .eval() first")
         return self.detect(list(images))
+
+    def class_rows(self, key: str, rows: int, classes: int) -> list[Tensor] | None:
+        """Which of so many rows of a head's tensor belong to each class, the background first; None if no rows do.
+
+        As in torchvision's R-CNNs: one row for a class, four in what moves the boxes.
+        """
+        each = 4 if "bbox_pred" in key else 1
+        return list(torch.arange(rows).view(classes, each)) if rows == each * classes else None
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The recipe's optimizer over all trainable parameters, its schedule in steps."""
