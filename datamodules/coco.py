@@ -12,16 +12,8 @@ from typing import Any, Literal, NamedTuple, TypeGuard
 
 import numpy as np
 
-from datamodules.detection import (
-    AnnotatedPictures,
-    DetectionDataModule,
-    Findings,
-    FoundObject,
-    FoundPicture,
-    Split,
-    collect,
-    mask_functions,
-)
+from datamodules.annotations import AnnotatedPictures, Findings, FoundObject, FoundPicture, collect, mask_functions
+from datamodules.detection import DetectionDataModule, Split
 from datamodules.pictures import Picture
 
 NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}

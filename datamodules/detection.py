@@ -8,7 +8,6 @@ where a run was interrupted.
 import hashlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,19 +15,26 @@ import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from datamodules.pictures import Picture, resize
-from datamodules.reading import SKIP, Ahead, KeptPictures, data_loader, read_each
+from datamodules.annotations import AnnotatedPictures, Findings, some
+from datamodules.picture_augmentation import (
+    Augmentation,
+    Target,
+    key_points_of_torchvision,
+    new_size,
+    resized,
+    resized_target,
+    swapped_keypoints,
+)
+from datamodules.pictures import resize
+from datamodules.reading import SKIP, Ahead, data_loader, read_each
 from datamodules.sampling import EvaluationBatches, TensorLoader, TrainingBatches
 
 Split = Literal["train", "val", "test"]
-Target = dict[str, Tensor]
 Batch = tuple[list[Tensor], list[Target]]
 
 CACHE_BYTES = 2**30  # pictures that need no more memory are kept by default
-MEND = ". Mend it, or have such entries left out by --data.init_args.corrupt skip"
 
 
 class DetectionDataModule(LightningDataModule):
@@ -223,7 +229,7 @@ class DetectionDataModule(LightningDataModule):
         if self.corrupt not in ("refuse", "skip"):
             raise ValueError(f"corrupt={self.corrupt!r} must be refuse or skip")
         if self.keypoints and (self.iou_crop or jitter):
-            _key_points_of_torchvision()
+            key_points_of_torchvision()
 
     @property
     def _has_test(self) -> bool:
@@ -300,8 +306,8 @@ class DetectionDataModule(LightningDataModule):
             findings.note("pictures that cannot be read", problem)
         message = f"{len(problems)} of {len(pictures)} pictures of split {split} cannot be read"
         if len(problems) > len(pictures) / 2:
-            raise ValueError(f"{message}: {_some(list(problems.values()))}. Those are too many to leave out")
-        rank_zero_warn(f"{message}, and are left out: {_some(list(problems.values()))}")
+            raise ValueError(f"{message}: {some(list(problems.values()))}. Those are too many to leave out")
+        rank_zero_warn(f"{message}, and are left out: {some(list(problems.values()))}")
         return pictures.take(np.delete(np.arange(len(pictures)), list(problems)))
 
     def _evaluation_loader(self, pictures: "AnnotatedPictures | None") -> "DetectionLoader":
@@ -330,497 +336,8 @@ def _number(size: int | float, total: int) -> int:
     return int(-(-size * total // 1)) if size < 1 else int(size)
 
 
-def _some(names: list[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
 def _is_batch(batch: Any) -> bool:
     return isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], list) and isinstance(batch[1], list)
-
-
-# Annotations
-
-
-class Findings:
-    """What is wrong with the annotations of a split: what was left out or changed, and why.
-
-    Args:
-        skip: Leave out entries that make no sense; else the first one is an error.
-    """
-
-    def __init__(self, skip: bool) -> None:
-        self.skip = skip
-        self.counts: dict[str, int] = {}
-        self.examples: dict[str, list[str]] = {}
-
-    def refuse(self, reason: str, message: str) -> None:
-        """An entry that makes no sense.
-
-        Raises:
-            ValueError: Such entries are not skipped.
-        """
-        if not self.skip:
-            raise ValueError(message + MEND)
-        self.note(reason, message)
-
-    def note(self, reason: str, example: str) -> None:
-        """One case, which an example makes clear."""
-        self.count(reason, 1)
-        self.examples.setdefault(reason, []).append(example)
-
-    def count(self, reason: str, number: int) -> None:
-        """So many cases."""
-        if number:
-            self.counts[reason] = self.counts.get(reason, 0) + number
-
-    def lines(self) -> list[str]:
-        """A line for each reason, with the first few cases."""
-        return [
-            f"{number:,} {reason}" + (f": {'; '.join(self.examples[reason][:3])}" if reason in self.examples else "")
-            for reason, number in self.counts.items()
-        ]
-
-
-class FoundObject(NamedTuple):
-    """An object as a file has it.
-
-    Attributes:
-        name: What a message calls it.
-        box: x1, y1, x2, y2 in pixels.
-        label: Its class, from 1.
-        area: In pixels; None takes the box's.
-        crowd: Whether it is to be ignored in evaluation and left out of training.
-        mask: Its compressed run lengths, as pycocotools writes them.
-        keypoints: 3K numbers: x, y, visibility.
-    """
-
-    name: str
-    box: tuple[float, float, float, float]
-    label: int
-    area: float | None = None
-    crowd: bool = False
-    mask: bytes = b""
-    keypoints: list[float] | None = None
-
-
-class FoundPicture(NamedTuple):
-    """A picture as a file has it: its name below the folder of pictures, its number, its size and its objects."""
-
-    name: str
-    number: int
-    height: int
-    width: int
-    objects: list[FoundObject]
-
-
-class Objects(NamedTuple):
-    """All objects of a split, in arrays.
-
-    Attributes:
-        boxes: float32 (A, 4), as the files have them.
-        labels: int64 (A,).
-        areas: float32 (A,).
-        crowds: bool (A,).
-        keypoints: float32 (A, K, 3).
-        runs: Compressed run lengths of all masks, uint8 (bytes,).
-        run_ends: Where those of an object end, int64 (A + 1,) after a 0.
-    """
-
-    boxes: np.ndarray
-    labels: np.ndarray
-    areas: np.ndarray
-    crowds: np.ndarray
-    keypoints: np.ndarray
-    runs: np.ndarray
-    run_ends: np.ndarray
-
-
-class AnnotatedPictures:
-    """Pictures and their objects by index.
-
-    All is in arrays: of lists each worker would come to hold a copy of its own
-    (https://github.com/pytorch/pytorch/issues/13246).
-
-    Args:
-        folder: Folder that the names start from.
-        names: Files, bytes (N,).
-        numbers: The pictures' ids, int64 (N,).
-        sizes: Height and width, int64 (N, 2).
-        rows: The first of a picture's objects and the one after its last, int64 (N, 2).
-        objects: Those of all pictures.
-        kept: The pictures in memory, if they are kept there.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        names: np.ndarray,
-        numbers: np.ndarray,
-        sizes: np.ndarray,
-        rows: np.ndarray,
-        objects: Objects,
-        kept: KeptPictures | None = None,
-    ) -> None:
-        self.folder = folder
-        self.names = names
-        self.numbers = numbers
-        self.sizes = sizes
-        self.rows = rows
-        self.objects = objects
-        self.kept = kept
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def path(self, index: int) -> Path:
-        """The file of a picture."""
-        return self.folder / os.fsdecode(self.names[index])
-
-    def take(self, indices: np.ndarray) -> "AnnotatedPictures":
-        """Some of the pictures."""
-        kept = None if self.kept is None else KeptPictures(self.kept.pieces, self.kept.places[indices])
-        parts = self.names[indices], self.numbers[indices], self.sizes[indices], self.rows[indices]
-        return AnnotatedPictures(self.folder, *parts, self.objects, kept)
-
-    def bytes(self, size: tuple[int, ...] | int | None) -> int:
-        """How much memory the decoded pictures need."""
-        sizes = np.array([new_size(height, width, size) for height, width in self.sizes.tolist()])
-        return int(3 * sizes.prod(1).sum()) if len(sizes) else 0
-
-    def fingerprint(self) -> str:
-        """What stays the same as long as these are the same files in the same order, wherever the folder is."""
-        return hashlib.sha256(b"\0".join(self.names.tolist())).hexdigest()[:16]
-
-    def arrays(self) -> Iterator[np.ndarray]:
-        """All that is said of these pictures."""
-        chosen = np.concatenate([np.arange(*row) for row in self.rows]) if len(self) else np.zeros(0, dtype=np.int64)
-        yield from (self.numbers, self.sizes)
-        yield from (array[chosen] for array in self.objects[:5])
-        yield from (self.runs(row) for row in chosen)
-
-    def summary(self, class_names: list[str]) -> str:
-        """Their number, the number of their objects by class, and how many have none."""
-        rows = [self.present(index) for index in range(len(self))]
-        chosen = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
-        counts = np.bincount(self.objects.labels[chosen], minlength=len(class_names) + 1)[1:]
-        few = ", ".join(f"{name} {count:,}" for name, count in zip(class_names, counts, strict=True))
-        missing = [name for name, count in zip(class_names, counts, strict=True) if not count]
-        classes = few if len(class_names) <= 20 else f"of {len(class_names) - len(missing)} classes"
-        text = f"{len(self):,} pictures, {len(chosen):,} objects ({classes})"
-        if missing and len(class_names) > 20:
-            text += f", none of {_some(missing)}"
-        crowds = int(self.objects.crowds[chosen].sum())
-        empty = sum(len(row) == 0 for row in rows)
-        text += f", {crowds:,} of them crowds or to be ignored" if crowds else ""
-        return text + (f", {empty:,} pictures without objects" if empty else "")
-
-    def present(self, index: int) -> np.ndarray:
-        """Rows of a picture's objects."""
-        return np.arange(*self.rows[index])
-
-    def trained(self, index: int) -> np.ndarray:
-        """Rows of a picture's objects that are trained on."""
-        rows = self.present(index)
-        return rows[~self.objects.crowds[rows]]
-
-    def runs(self, row: int) -> np.ndarray:
-        """The compressed mask of an object, uint8 (bytes,)."""
-        return self.objects.runs[self.objects.run_ends[row] : self.objects.run_ends[row + 1]]
-
-    def pixels(self, index: int) -> np.ndarray:
-        """A picture's pixels, uint8 (H, W, 3): those that are kept, or all of its file's."""
-        if self.kept is not None:
-            return self.kept.pixels(index)
-        height, width = self.sizes[index].tolist()
-        return annotated_pixels(self.path(index), height, width)
-
-    def target(self, index: int, masks: bool, keypoints: bool, training: bool) -> Target:
-        """What is on a picture, in the pixels of its file."""
-        rows, objects = self.trained(index) if training else self.present(index), self.objects
-        height, width = self.sizes[index].tolist()
-        boxes = objects.boxes[rows]
-        target = {
-            "boxes": torch.from_numpy(boxes.clip(0, [width, height] * 2) if training else boxes).float(),
-            "labels": torch.from_numpy(objects.labels[rows]),
-            "image_id": torch.tensor(int(self.numbers[index])),
-            "area": torch.from_numpy(objects.areas[rows]),
-            "iscrowd": torch.from_numpy(objects.crowds[rows].astype(np.int64)),
-        }
-        if masks:
-            target["masks"] = decoded_masks([self.runs(row).tobytes() for row in rows], height, width)
-        if keypoints:
-            target["keypoints"] = torch.from_numpy(objects.keypoints[rows])
-        return target
-
-
-def collect(folder: Path, pictures: list[FoundPicture], num_keypoints: int, findings: Findings) -> AnnotatedPictures:
-    """Put pictures and objects into arrays, without objects that have no area or lie outside of their picture."""
-    kept = [[found for found in picture.objects if _on_picture(found, picture, findings)] for picture in pictures]
-    everything = [found for objects in kept for found in objects]
-    boxes = np.array([found.box for found in everything], dtype=np.float32).reshape(-1, 4)
-    box_areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    areas = [box_areas[i] if found.area is None else found.area for i, found in enumerate(everything)]
-    points = [found.keypoints or [0.0] * 3 * num_keypoints for found in everything]
-    objects = Objects(
-        boxes,
-        np.array([found.label for found in everything], dtype=np.int64),
-        np.array(areas, dtype=np.float32),
-        np.array([found.crowd for found in everything], dtype=bool),
-        np.array(points, dtype=np.float32).reshape(len(everything), num_keypoints, 3),
-        np.frombuffer(b"".join(found.mask for found in everything), dtype=np.uint8),
-        np.cumsum([0] + [len(found.mask) for found in everything]),
-    )
-    ends = np.cumsum([0] + [len(found) for found in kept])
-    return AnnotatedPictures(
-        folder,
-        np.array([os.fsencode(picture.name) for picture in pictures], dtype=np.bytes_),
-        np.array([picture.number for picture in pictures], dtype=np.int64),
-        np.array([(picture.height, picture.width) for picture in pictures], dtype=np.int64).reshape(-1, 2),
-        np.stack([ends[:-1], ends[1:]], axis=1).astype(np.int64),
-        objects,
-    )
-
-
-def _on_picture(found: FoundObject, picture: FoundPicture, findings: Findings) -> bool:
-    """Whether a box has an area, on the picture, in the precision of its target."""
-    x1, y1, x2, y2 = np.array(found.box, dtype=np.float32).tolist()
-    name = f"{found.name} of {picture.name}"
-    if x2 <= x1 or y2 <= y1:
-        findings.note("boxes without area left out", name)
-        return False
-    if min(x2, picture.width) <= max(x1, 0) or min(y2, picture.height) <= max(y1, 0):
-        findings.note("boxes outside of their picture left out", name)
-        return False
-    if x1 < 0 or y1 < 0 or x2 > picture.width or y2 > picture.height:
-        findings.note("boxes beyond the edge of their picture, in training cut there", name)
-    return True
-
-
-def annotated_pixels(path: Path, height: int, width: int) -> np.ndarray:
-    """A picture's pixels, uint8 (H, W, 3), laid as its annotations are.
-
-    A picture is turned upright by its EXIF orientation, unless only the pixels as they are stored have the size that
-    its annotations say: then whoever made them saw those.
-
-    Raises:
-        ValueError: The file cannot be read as a picture, or has another size; the message names it.
-        OSError: The file cannot be read.
-    """
-    picture = Picture(path)
-    if (picture.height, picture.width) != (height, width):
-        stored = Picture(path, upright=False)
-        if (stored.height, stored.width) != (height, width):
-            raise ValueError(
-                f"{path} has {picture.width} x {picture.height} pixels, its annotations say {width} x {height}: "
-                "boxes would be misplaced"
-            )
-        picture = stored
-    return picture.pixels()
-
-
-def decoded_masks(runs: list[bytes], height: int, width: int) -> Tensor:
-    """Masks from compressed run lengths: uint8 (R, height, width) of 0 and 1."""
-    if not runs:
-        return torch.zeros(0, height, width, dtype=torch.uint8)
-    decoded = mask_functions().decode([{"size": [height, width], "counts": run} for run in runs])  # (H, W, R)
-    return torch.from_numpy(np.ascontiguousarray(decoded.transpose(2, 0, 1)))
-
-
-def mask_functions() -> Any:
-    """The functions for masks of pycocotools.
-
-    Raises:
-        ModuleNotFoundError: It is not installed; the message says how to install it.
-    """
-    try:
-        from pycocotools import mask
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("masks need pycocotools: pip install 'zoo[detection]'") from error
-    return mask
-
-
-# Augmentation
-
-
-class Augmentation(NamedTuple):
-    """What happens to a training picture and what is on it, in this order.
-
-    Attributes:
-        flip: Mirror half of them.
-        swaps: For each keypoint the one whose place it takes in a mirror.
-        iou_crop: Cut out a random box.
-        scale_jitter: Enlarge by a factor in this range and cut or pad to the old size.
-    """
-
-    flip: bool
-    swaps: list[int]
-    iou_crop: bool
-    scale_jitter: tuple[float, ...] | None
-
-    def __call__(self, image: Tensor, target: Target, seed: list[int]) -> tuple[Tensor, Target]:
-        """Augment an image, uint8 (3, H, W), and its target, at random but always alike for a seed."""
-        if not (self.flip or self.iou_crop or self.scale_jitter):
-            return image, target
-        state = torch.get_rng_state()
-        try:
-            # Not torch.manual_seed, which would seed the GPUs of a process without workers as well.
-            torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
-            return self._draw(image, target)
-        finally:
-            torch.set_rng_state(state)
-
-    def _draw(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        if self.flip and torch.rand(()) < 0.5:
-            image, target = mirrored(image, target, self.swaps)
-        if self.iou_crop:
-            image, target = random_iou_crop(image, target)
-        if self.scale_jitter:
-            image, target = random_scale(image, target, self.scale_jitter[0], self.scale_jitter[1])
-        return image, target
-
-
-def swapped_keypoints(names: list[str]) -> list[int]:
-    """For each keypoint the one whose place it takes in a mirror: ``left_eye`` that of ``right_eye``."""
-    mirror = {
-        name: name.replace("left", "right") if "left" in name else name.replace("right", "left") for name in names
-    }
-    return [names.index(mirror[name]) if mirror[name] in names else i for i, name in enumerate(names)]
-
-
-def mirrored(image: Tensor, target: Target, swaps: list[int]) -> tuple[Tensor, Target]:
-    """Mirror left to right.
-
-    Keypoints are numbers of pixels, so that x becomes W - 1 - x; boxes are edges, so that it becomes W - x.
-    """
-    from torchvision.transforms.v2 import functional  # imported here: it costs seconds
-
-    width = image.shape[2]
-    result = dict(target)
-    result["boxes"] = functional.horizontal_flip_bounding_boxes(target["boxes"], _xyxy(), (image.shape[1], width))
-    if "masks" in target:
-        result["masks"] = functional.horizontal_flip_mask(target["masks"])
-    if "keypoints" in target:
-        points = target["keypoints"][:, swaps].clone()
-        points[..., 0] = torch.where(points[..., 2] > 0, width - 1 - points[..., 0], points[..., 0])
-        result["keypoints"] = points
-    return functional.horizontal_flip_image(image), result
-
-
-def _xyxy() -> Any:
-    """What torchvision calls boxes x1, y1, x2, y2."""
-    from torchvision.tv_tensors import BoundingBoxFormat
-
-    return BoundingBoxFormat.XYXY
-
-
-def random_iou_crop(image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """Cut out a random box, torchvision's ``RandomIoUCrop``; objects stay whose centres are in it."""
-    from torchvision.transforms import v2
-
-    if not len(target["boxes"]) or min(image.shape[1:]) < 8:
-        return image, target
-    return _cropped(image, target, v2.RandomIoUCrop())
-
-
-def random_scale(image: Tensor, target: Target, least: float, most: float) -> tuple[Tensor, Target]:
-    """Enlarge by a random factor, then cut out or pad with black, at a random place, to the old size."""
-    from torchvision.transforms import v2
-
-    height, width = image.shape[1:]
-    factor = least + (most - least) * torch.rand(()).item()
-    new = max(1, round(height * factor)), max(1, round(width * factor))
-    image, target = resized(image, target, *new)
-    return _cropped(image, target, v2.RandomCrop((height, width), pad_if_needed=True))
-
-
-def _cropped(image: Tensor, target: Target, crop: Any) -> tuple[Tensor, Target]:
-    """Apply a crop of torchvision's to an image and all that is on it, without objects of which nothing is left."""
-    from torchvision import tv_tensors
-    from torchvision.transforms import v2
-
-    size = (int(image.shape[1]), int(image.shape[2]))
-    sample = {
-        "image": tv_tensors.Image(image),
-        "boxes": tv_tensors.BoundingBoxes(target["boxes"], format=_xyxy(), canvas_size=size),
-        "rows": torch.arange(len(target["boxes"])),
-    }
-    if "masks" in target:
-        sample["masks"] = tv_tensors.Mask(target["masks"])
-    if "keypoints" in target:
-        sample["points"] = _key_points_of_torchvision()(target["keypoints"][..., :2], canvas_size=size)
-    sample = v2.SanitizeBoundingBoxes(labels_getter=lambda inputs: inputs["rows"])(crop(sample))
-    return _unwrapped(sample, target)
-
-
-def _unwrapped(sample: dict[str, Tensor], before: Target) -> tuple[Tensor, Target]:
-    from torchvision.ops import masks_to_boxes
-
-    image, boxes, rows = (sample[key].as_subclass(Tensor) for key in ("image", "boxes", "rows"))
-    after = {"image_id": before["image_id"], "boxes": boxes}
-    after |= {key: before[key][rows] for key in ("labels", "area", "iscrowd")}
-    after["area"] = after["area"] * _areas(boxes) / _areas(before["boxes"][rows])
-    if "masks" in before:
-        after["masks"] = sample["masks"].as_subclass(Tensor)
-    if "keypoints" in before:
-        points = sample["points"].as_subclass(Tensor)[rows]
-        seen = before["keypoints"][rows][..., 2:]
-        height, width = image.shape[1:]
-        inside = ((points >= 0) & (points < torch.tensor([width, height]))).all(-1, keepdim=True)
-        after["keypoints"] = torch.cat([points, seen], dim=-1) * (inside & (seen > 0))
-    if "masks" in after and len(rows):
-        # The box of a bent object may reach into the crop and nothing else of it, or less of it than the box.
-        seen = after["masks"].flatten(1).any(1).bool()
-        after = {key: value if key == "image_id" else value[seen] for key, value in after.items()}
-        after["boxes"] = masks_to_boxes(after["masks"]) + torch.tensor([0.0, 0.0, 1.0, 1.0])
-    return image, after
-
-
-def _areas(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-
-
-def _key_points_of_torchvision() -> Any:
-    from torchvision import tv_tensors
-
-    if not hasattr(tv_tensors, "KeyPoints"):
-        raise ValueError(
-            "iou_crop and scale_jitter move keypoints from torchvision 0.23 on: pip install -U torchvision"
-        )
-    return tv_tensors.KeyPoints
-
-
-def new_size(height: int, width: int, size: tuple[int, ...] | int | None) -> tuple[int, int]:
-    """Height and width of a resized picture; a single number is the longer side."""
-    if size is None:
-        return height, width
-    if isinstance(size, tuple):
-        return size[0], size[1]
-    factor = size / max(height, width)
-    return max(1, round(height * factor)), max(1, round(width * factor))
-
-
-def resized(image: Tensor, target: Target, height: int, width: int) -> tuple[Tensor, Target]:
-    """Resize an image, uint8 (3, H, W), and what is on it: the image bilinear and antialiased, masks to the nearest."""
-    if tuple(image.shape[1:]) != (height, width):
-        target = resized_target(target, (int(image.shape[1]), int(image.shape[2])), (height, width))
-        image = resize(image.permute(1, 2, 0).numpy(), height, width)
-    return image, target
-
-
-def resized_target(target: Target, old: tuple[int, int], new: tuple[int, int]) -> Target:
-    """A target for a picture of another size, both (height, width)."""
-    if old == new:
-        return target
-    scale = torch.tensor([new[1] / old[1], new[0] / old[0]])
-    result = target | {"boxes": target["boxes"] * scale.repeat(2), "area": target["area"] * scale.prod()}
-    if "masks" in target:
-        masks = target["masks"][None]
-        empty = masks.new_zeros(1, 0, *new)
-        result["masks"] = (F.interpolate(masks, new, mode="nearest-exact") if masks.shape[1] else empty)[0]
-    if "keypoints" in target:
-        result["keypoints"] = target["keypoints"] * torch.cat([scale, torch.ones(1)])
-    return result
 
 
 # Reading ahead

@@ -13,15 +13,8 @@ from xml.etree import ElementTree
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.detection import (
-    AnnotatedPictures,
-    DetectionDataModule,
-    Findings,
-    FoundObject,
-    FoundPicture,
-    Split,
-    collect,
-)
+from datamodules.annotations import AnnotatedPictures, Findings, FoundObject, FoundPicture, collect
+from datamodules.detection import DetectionDataModule, Split
 from datamodules.download import fetch
 from datamodules.pictures import Picture
 

@@ -17,8 +17,9 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
+from datamodules.annotations import AnnotatedPictures, Findings
 from datamodules.coco import Category, Files, read_coco
-from datamodules.detection import AnnotatedPictures, DetectionDataModule, Findings, Split
+from datamodules.detection import DetectionDataModule, Split
 
 VERSION = 1  # of the pictures; another one makes another folder
 KINDS = {1: "circle", 3: "square", 4: "triangle", 7: "star", 9: "person"}  # with gaps, as COCO's ids have them

@@ -19,17 +19,16 @@ from torchvision.transforms.v2 import functional
 
 from datamodules import COCODataModule, ScenesDataModule
 from datamodules.coco import compressed_mask, pixels_in_runs
-from datamodules.detection import (
+from datamodules.detection import DetectionLoader, Samples
+from datamodules.embedded.scenes import write_scenes
+from datamodules.picture_augmentation import (
     Augmentation,
-    DetectionLoader,
-    Samples,
     mirrored,
     random_iou_crop,
     random_scale,
     resized,
     swapped_keypoints,
 )
-from datamodules.embedded.scenes import write_scenes
 from datamodules.sampling import EvaluationBatches, TrainingBatches
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}

@@ -56,6 +56,20 @@ def test_a_list_writes_one_report_with_all(ladder, tmp_path, capsys):
     assert [run.recipe for run in read_results(folder / "results.json")] == ["first.yaml", "second.yaml", "third.yaml"]
 
 
+def test_what_was_measured_is_said_before_the_report_is_written(ladder, monkeypatch, capsys):
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("zoo.running.reproducing.write_report", broken)
+    assert main(["reproduce", "first.yaml", *SMALL]) == 2
+    said = capsys.readouterr()
+    assert "disk full" in said.err
+    (line,) = [line for line in said.out.splitlines() if line.startswith("first.yaml: test/accuracy ")]
+    value, claimed = line.removeprefix("first.yaml: test/accuracy ").split(", claimed ")
+    assert 0 <= float(value) <= 1
+    assert claimed == "≥ 0.0"
+
+
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyError("labels")])
 def test_a_recipe_that_fails_is_reported_and_the_next_ones_are_run(ladder, monkeypatch, capsys, error):
     runs = Runs(monkeypatch, spoil=2, error=error)

@@ -45,6 +45,9 @@ def reproduce(asked: list[str], overrides: list[str], out: Path | None = None, r
             print(f"{name} is in {folder}: not run again")
         runs.append(known[name] if name in known else _attempt(name, overrides, alone=len(names) == 1))
         if runs[-1].writes:
+            # At once: what comes may fail, and the next one may take hours.
+            for result in [] if runs[-1].error else runs[-1].results:
+                print(f"{name}: {result.metric} {runs[-1].measured(result)}, claimed {result.claim}", flush=True)
             folder = folder or (runs[0].folder if len(names) == 1 else _new(Path("runs") / title))
             write_report(folder / "report.html", runs, title if len(names) > 1 else "", names[place:])
     if runs[-1].writes:
