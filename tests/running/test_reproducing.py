@@ -61,7 +61,7 @@ def test_what_was_measured_is_said_before_the_report_is_written(ladder, monkeypa
         raise OSError("disk full")
 
     monkeypatch.setattr("zoo.running.reproducing.write_report", broken)
-    assert main(["reproduce", "first.yaml", *SMALL]) == 2
+    assert main(["reproduce", "first.yaml", *SMALL]) == 1
     said = capsys.readouterr()
     assert "disk full" in said.err
     (line,) = [line for line in said.out.splitlines() if line.startswith("first.yaml: test/accuracy ")]
