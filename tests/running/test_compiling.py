@@ -43,7 +43,7 @@ def forgotten():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("model", [LeNet, GoogLeNet])
+@pytest.mark.parametrize("model", [LeNet, pytest.param(GoogLeNet, marks=pytest.mark.slow)])
 def test_a_compiled_run_gives_the_weights_of_a_plain_one(model, tmp_path):
     plain = trained([], tmp_path, model).state_dict()
     assert not counters["frames"]
