@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,19 @@ def test_what_needs_no_training_does_not_import_lightning_or_torch(arguments):
 def test_import_zoo_does_not_import_lightning():
     code = "import sys, zoo, datamodules; assert not {'torch', 'lightning'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of a shell")
+def test_a_reader_that_has_seen_enough_is_no_error():
+    code = (
+        "import sys; from zoo import cli; cli.COMMANDS['list'] = lambda _: print('x' * 10**6); "
+        "sys.exit(cli.main(['list']))"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_the_usage_names_every_command_and_overlay(capsys):

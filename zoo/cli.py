@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Callable
@@ -74,6 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
         return COMMANDS[arguments[0]](arguments)
     except _HelpWasShown:
         return 0
+    except BrokenPipeError:  # whoever read on, as `head` does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
+        return 128 + signal.SIGPIPE
     except Exception as error:
         if os.environ.get("ZOO_TRACEBACK") or not is_for_the_user(error):
             raise
