@@ -11,6 +11,7 @@ from torchvision.ops import box_iou
 
 from zoo.single_stage import (
     ANCHORS,
+    SingleStageDetector,
     SingleStageHead,
     SingleStageNetwork,
     best_overlaps,
@@ -27,8 +28,8 @@ from zoo.single_stage import (
     to_cells,
     to_pixels,
 )
-from zoo.standardization import standardized
-from zoo.weights import Published
+from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, standardized
+from zoo.weights import Published, describe
 
 
 def count(module: nn.Module) -> int:
@@ -343,3 +344,50 @@ def test_it_learns_one_picture():
     # The best of each class: anchors that overlap with an object and are not its own are taught nothing, and may shout.
     best = [found["boxes"][found["labels"] == label][0] for label in (1, 3)]
     assert box_iou(torch.stack(best), boxes).diagonal().min() > 0.8
+
+
+# The LightningModule
+
+
+SMALL = {"width": 0.35, "image_size": 96, "dropout": 0.0, "score_threshold": 0.05}
+
+
+def test_the_module_starts_from_torchvisions_file(tmp_path):
+    torch.manual_seed(0)
+    theirs = mobilenet_v2(weights=None, width_mult=0.35)
+    torch.save(theirs.state_dict(), tmp_path / "mobilenet.pth")
+    model = SingleStageDetector(3, weights=str(tmp_path / "mobilenet.pth"), **SMALL).eval()
+    images = torch.rand(2, 3, 96, 96)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    torch.testing.assert_close(model.backbone(images), theirs.eval().features((images - mean) / std))
+
+
+def test_the_modules_losses_and_detections_are_in_the_pictures_pixels():
+    torch.manual_seed(1)
+    model = SingleStageDetector(3, **SMALL).eval()
+    images = [torch.rand(3, 60, 120), torch.rand(3, 96, 96)]
+    targets = [{"boxes": torch.tensor([[8.0, 10, 60, 50]]), "labels": torch.tensor([2])},
+               {"boxes": torch.tensor([[1.0, 2, 30, 40]]), "labels": torch.tensor([3])}]  # fmt: skip
+    outputs = model.head(model.backbone(squash(images, 96)))
+    cells = [torch.tensor([[8 / 40, 10 / 20, 60 / 40, 50 / 20]]), torch.tensor([[1 / 32, 2 / 32, 30 / 32, 40 / 32]])]
+    torch.manual_seed(2)  # of the negatives
+    expected = single_stage_losses(*outputs, model.anchors, cells, [t["labels"] for t in targets])
+    torch.manual_seed(2)
+    found = model.losses(images, targets)
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[key], value) for key, value in expected.items())
+    first, second = model(images)
+    assert len(first["boxes"])
+    assert (first["boxes"] <= torch.tensor([120, 60, 120, 60])).all()
+    assert (second["boxes"] <= 96).all()
+    assert model([]) == []
+
+
+def test_rows_of_classes_with_the_same_name_are_kept(tmp_path):
+    before = SingleStageDetector(3, ["cat", "dog", "cow"], **SMALL)
+    torch.save({"state_dict": before.state_dict(), "zoo": describe(before)}, tmp_path / "before.ckpt")
+    path = str(tmp_path / "before.ckpt")
+    after = SingleStageDetector(2, ["cow", "owl"], weights=path, keep_matching_classes=True, **SMALL)
+    assert torch.equal(after.head.classes.weight[0], before.head.classes.weight[2])
+    assert torch.equal(after.head.boxes.weight, before.head.boxes.weight)
+    assert not (after.head.classes.weight[1] == before.head.classes.weight).flatten(1).all(1).any()

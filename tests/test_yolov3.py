@@ -9,13 +9,15 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
-from zoo.darknet import load_darknet
+from zoo.darknet import load_darknet, write_darknet
+from zoo.weights import describe
 from zoo.yolov3 import (
     ANCHORS,
     MASKS,
     TINY_ANCHORS,
     TINY_MASKS,
     SlidingMaxPool,
+    YOLOv3,
     YOLOv3Network,
     best_anchors,
     best_overlap,
@@ -597,3 +599,54 @@ def test_half_precision_outputs_are_decoded_and_learnt_in_full():
     loss = yolo_losses(low, *truths, anchors, TINY_MASKS, 64)["loss_box"]
     assert loss.dtype == torch.float32
     assert F.relu(loss) == loss
+
+
+# The LightningModule
+
+
+SMALL = {"tiny": True, "width": 0.25, "image_size": 64, "prior": 0.01}
+
+
+def test_the_module_starts_from_darknets_file(tmp_path):
+    torch.manual_seed(3)
+    network = YOLOv3Network(3, tiny=True, width=0.25)
+    write_darknet(network, tmp_path / "mine.weights")
+    model = YOLOv3(3, weights=str(tmp_path / "mine.weights"), **SMALL)
+    for part in ("backbone", "head"):
+        ours, theirs = getattr(model, part).state_dict(), getattr(network, part).state_dict()
+        assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    other = YOLOv3(5, weights=str(tmp_path / "mine.weights"), **SMALL)
+    assert torch.equal(next(other.backbone.parameters()), next(network.backbone.parameters()))
+
+
+def test_rows_of_the_boxes_and_of_classes_with_the_same_name_are_kept(tmp_path):
+    torch.manual_seed(4)
+    before = YOLOv3(3, ["cat", "dog", "cow"], **SMALL)
+    torch.save({"state_dict": before.state_dict(), "zoo": describe(before)}, tmp_path / "before.ckpt")
+    after = YOLOv3(2, ["cow", "owl"], weights=str(tmp_path / "before.ckpt"), keep_matching_classes=True, **SMALL)
+    for ours, theirs in zip(after.head.scales, before.head.scales, strict=True):
+        mine, given = ours.output.weight.view(3, 7, -1), theirs.output.weight.view(3, 8, -1)
+        assert torch.equal(mine[:, :5], given[:, :5])  # boxes and objectness
+        assert torch.equal(mine[:, 5], given[:, 7])  # cows
+        assert not torch.isclose(mine[:, 6, None], given[:, 5:]).all(2).any(), "nobody knows an owl"
+
+
+def test_the_modules_losses_and_detections_are_in_the_pictures_pixels():
+    torch.manual_seed(5)
+    model = YOLOv3(3, **SMALL)
+    images = [torch.rand(3, 40, 80), torch.rand(3, 64, 64)]
+    targets = [{"boxes": torch.tensor([[8.0, 10, 30, 38]]), "labels": torch.tensor([2])},
+               {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}]  # fmt: skip
+    squares, where = letterbox(images, 64)
+    outputs = model.head(model.backbone(squares))
+    boxes, labels = [place(targets[0]["boxes"], where[0]), targets[1]["boxes"]], [t["labels"] for t in targets]
+    expected = yolo_losses(outputs, boxes, labels, model.head.anchors, model.head.masks, 64)
+    found = model.losses(images, targets)
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[key], value) for key, value in expected.items())
+    first, second = model.eval()(images)
+    assert len(first["boxes"])
+    assert (first["boxes"] >= 0).all()
+    assert (first["boxes"] <= torch.tensor([80, 40, 80, 40])).all()
+    assert (second["boxes"] <= 64).all()
+    assert model([]) == []
