@@ -166,9 +166,7 @@ class DetectionTask(LightningModule):
         """The first images of a batch with what was found on them, the true objects beside it if they are known."""
         images, targets = batch if isinstance(batch, tuple) else (batch, None)
         images = list(images)[:SHOWN]
-        self_training, _ = self.training, self.eval()
-        found = [_on_cpu(detections) for detections in self.detect(images)]
-        self.train(self_training)
+        found = [_on_cpu(detections) for detections in self.detect(images)]  # as tensors: predictions are texts
         truths = [_on_cpu(target) for target in targets[: len(images)]] if targets is not None else None
         return detections_figure([image.cpu() for image in images], found, truths, self.class_names)
 
@@ -178,15 +176,14 @@ class DetectionTask(LightningModule):
 
     def _objects(self, detections: dict[str, Tensor]) -> list[dict[str, Any]]:
         objects = []
-        masks = detections.get("masks")
-        for row, (label, score) in enumerate(zip(detections["labels"].tolist(), detections["scores"].tolist())):  # noqa: B905
+        for row, label in enumerate(detections["labels"].tolist()):
             found = {
                 "class_name": self.class_names[label - 1],
-                "score": score,
+                "score": float(detections["scores"][row]),
                 "box": detections["boxes"][row].tolist(),
             }
-            if masks is not None:
-                found["mask"] = _run_lengths(masks[row])
+            if "masks" in detections:
+                found["mask"] = _run_lengths(detections["masks"][row])
             if "keypoints" in detections:
                 found["keypoints"] = detections["keypoints"][row].tolist()
             objects.append(found)
