@@ -15,14 +15,9 @@ from torch import Tensor
 
 from datamodules.picture_augmentation import Target, new_size
 from datamodules.pictures import Picture
-from datamodules.reading import KeptPictures
+from datamodules.reading import KeptPictures, some
 
 MEND = ". Mend it, or have such entries left out by --data.init_args.corrupt skip"
-
-
-def some(names: list[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 class Findings:

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.annotations import AnnotatedPictures, Findings, some
+from datamodules.annotations import AnnotatedPictures, Findings
 from datamodules.picture_augmentation import (
     Augmentation,
     Target,
@@ -28,7 +28,7 @@ from datamodules.picture_augmentation import (
     swapped_keypoints,
 )
 from datamodules.pictures import resize
-from datamodules.reading import SKIP, Ahead, data_loader, read_each
+from datamodules.reading import SKIP, Ahead, data_loader, processors, read_each, some
 from datamodules.sampling import EvaluationBatches, TensorLoader, TrainingBatches
 
 Split = Literal["train", "val", "test"]
@@ -117,7 +117,7 @@ class DetectionDataModule(LightningDataModule):
         self.keep_empty = keep_empty
         self.corrupt = corrupt
         self.cache = cache
-        self.workers = min(4, _processors()) if workers is None else workers
+        self.workers = min(4, processors()) if workers is None else workers
         self._check_arguments()
         self.train_set: AnnotatedPictures | None = None
         self.val_set: AnnotatedPictures | None = None
@@ -318,11 +318,6 @@ class DetectionDataModule(LightningDataModule):
     def _loader(self, samples: "Samples", batches: TrainingBatches | EvaluationBatches) -> "DetectionLoader":
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return DetectionLoader(samples, batches, self.workers, pin_memory=on_gpu)
-
-
-def _processors() -> int:
-    """Processors that this process may use, which in a container are fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ready(value: Any) -> Any:

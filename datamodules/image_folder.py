@@ -21,7 +21,7 @@ from torch import Tensor
 
 from datamodules.augmentation import BatchAugmentation
 from datamodules.pictures import read_image
-from datamodules.reading import SKIP, Crops, PictureLoader, PictureSet, read_all
+from datamodules.reading import SKIP, Crops, PictureLoader, PictureSet, processors, read_all, some
 from datamodules.sampling import EvaluationBatches, TrainingBatches
 
 __all__ = ["ImageFolderDataModule", "read_image"]
@@ -98,7 +98,7 @@ class ImageFolderDataModule(LightningDataModule):
         self.val_size = val_size
         self.test_size = test_size
         self.split_seed = split_seed
-        self.workers = min(4, _processors()) if workers is None else workers
+        self.workers = min(4, processors()) if workers is None else workers
         self.crop_scale = crop_scale
         self.augment = BatchAugmentation(flip=flip, jitter=jitter, mixup=mixup, cutmix=cutmix)
         self.corrupt = corrupt
@@ -214,7 +214,7 @@ class ImageFolderDataModule(LightningDataModule):
         counts = np.bincount(pictures.labels, minlength=self.num_classes)
         if empty := [self._classes[k] for k in np.flatnonzero(counts == 0)]:
             raise ValueError(
-                f"{self._folders['train']}: no picture to train on is left in {_some(empty)}. Add pictures, remove the "
+                f"{self._folders['train']}: no picture to train on is left in {some(empty)}. Add pictures, remove the "
                 f"folder, or hold out less (val_size={self.val_size}, test_size={self.test_size})"
             )
 
@@ -247,9 +247,7 @@ class ImageFolderDataModule(LightningDataModule):
     def _without(self, pictures: PictureSet, problems: dict[int, str], split: str) -> PictureSet:
         if not problems:
             return pictures
-        message = (
-            f"{len(problems)} of {len(pictures)} {split} pictures cannot be read: {_some(list(problems.values()))}"
-        )
+        message = f"{len(problems)} of {len(pictures)} {split} pictures cannot be read: {some(list(problems.values()))}"
         if len(problems) > len(pictures) / 2:
             raise ValueError(f"{message}. Those are too many to leave out")
         rank_zero_warn(f"{message}. They are left out")
@@ -270,11 +268,6 @@ class ImageFolderDataModule(LightningDataModule):
         return PictureLoader(crops, batches, self.workers, pin_memory=on_gpu)
 
 
-def _processors() -> int:
-    """Processors that this process may use, which in a container are fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _ready(value: Any) -> Any:
     if value is None:
         raise RuntimeError("call ImageFolderDataModule.setup() before asking for its batches")
@@ -287,11 +280,6 @@ def _number(size: int | float, total: int) -> int:
     if number >= total:
         raise ValueError(f"{size} of {total} pictures leaves nothing to train on")
     return number
-
-
-def _some(names: list[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 # Folders
@@ -371,7 +359,7 @@ def list_pictures(root: Path, folder: Path, classes: list[str]) -> PictureSet:
             else:
                 ignored.append(file)
     if ignored:
-        rank_zero_info(f"{folder}: {len(ignored)} files are no pictures by their names: {_some(ignored)}")
+        rank_zero_info(f"{folder}: {len(ignored)} files are no pictures by their names: {some(ignored)}")
     if not names:
         raise ValueError(f"{folder} has no pictures in its class folders; looked for {', '.join(ENDINGS)}")
     return PictureSet(root, np.array([os.fsencode(name) for name in names]), np.array(labels))
@@ -385,9 +373,9 @@ def _compare_classes(folder: Path, found: list[str], classes: list[str]) -> None
         )
     more, fewer = sorted(set(found) - set(classes)), sorted(set(classes) - set(found))
     if more:
-        raise ValueError(f"{folder} has class folders that training has not: {_some(more)}. Rename or remove them")
+        raise ValueError(f"{folder} has class folders that training has not: {some(more)}. Rename or remove them")
     if fewer:
-        raise ValueError(f"{folder} lacks class folders that training has: {_some(fewer)}. An empty folder would do")
+        raise ValueError(f"{folder} lacks class folders that training has: {some(fewer)}. An empty folder would do")
 
 
 def walk(folder: Path) -> Iterator[str]:

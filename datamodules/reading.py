@@ -22,6 +22,16 @@ CHUNK = 32  # pictures that a worker reads at a time when it reads all of them
 SKIP = ". Mend or remove it, or have such files left out by --data.init_args.corrupt skip"
 
 
+def processors() -> int:
+    """Processors that this process may use, which in a container are fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def some(names: list[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
 class PictureSet:
     """Pictures by index.
 

@@ -43,9 +43,6 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {  # (architecture, test) -> reason
 
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
 RECIPES = pytest.mark.parametrize("recipe", recipes.names())
-NO_AUGMENTATION = {"classification": {"translate": "0"}, "detection": {"flip": "false"}}  # of the embedded recipes
-# To what share of its first value the loss falls within so many steps on one batch.
-OVERFIT = {"classification": (50, 0.1), "detection": (80, 0.3)}
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -186,15 +183,11 @@ class Losses(Callback):
 def test_it_starts_at_the_loss_of_chance_and_overfits_one_batch(name):
     losses = Losses()
     # Without augmentation, as the lecture says: one batch is then always the same.
-    plain = [
-        part for key, value in NO_AUGMENTATION[task_of(name)].items() for part in (f"--data.init_args.{key}", value)
-    ]
-    model, data = build(name, "--data.init_args.batch_size", "16", *plain)
-    steps, share = OVERFIT[task_of(name)]
-    fit(model, data, [losses], max_steps=steps, max_epochs=-1, overfit_batches=1, limit_val_batches=0)
+    model, data = build(name, "--data.init_args.batch_size", "16", "--data.init_args.translate", "0")
+    fit(model, data, [losses], max_steps=50, max_epochs=-1, overfit_batches=1, limit_val_batches=0)
     if task_of(name) == "classification":
         assert losses.values[0] == pytest.approx(model.chance_loss, rel=0.1)
-    assert min(losses.values[-5:]) < share * losses.values[0]
+    assert min(losses.values[-5:]) < 0.1 * losses.values[0]
 
 
 @EVERY
@@ -252,7 +245,7 @@ def test_two_processes_evaluate_to_the_same_metrics_as_one(name, samples):
         data.eval_batch_size = 4
         trainer = Trainer(**QUIET, accelerator="cpu", strategy=strategy, devices=devices, enable_checkpointing=False)
         metrics.append({k: float(v) for k, v in trainer.test(model, data, verbose=False)[0].items()})
-    assert metrics[0] == pytest.approx(metrics[1], abs=1e-6, nan_ok=True)
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-6)
     assert metrics[0]["test/samples"] == samples
 
 
@@ -282,10 +275,7 @@ def test_fine_tuning_to_another_number_of_classes_replaces_the_head_and_only_the
     started = type(model)(**arguments | {"num_classes": classes}, weights=str(path))
     assert all(torch.equal(a, b) for a, b in zip(
         started.backbone.state_dict().values(), model.backbone.state_dict().values(), strict=True))  # fmt: skip
-    others = [
-        a.shape for a, b in zip(started.head.parameters(), model.head.parameters(), strict=True) if a.shape != b.shape
-    ]
-    assert others, "something of the head has the classes' number"
+    assert any(classes in value.shape for value in started.head.state_dict().values())
     again = type(model)(**arguments, weights=str(path))
     assert same_weights(again, model), "the head of as many classes is kept"
 

@@ -37,9 +37,8 @@ CLASSIFIERS: dict[str, str] = {  # whose trunks they have
     "squeezenet1_0": "squeezenet1_0",
 }
 STAGES: dict[str, int] = {"resnet50": 5, "resnet50_v2": 5, "mobilenet_v3_large": 6, "squeezenet1_0": 4}
-OLD_KEYS: dict[
-    str, str | Callable[[re.Match[str]], str]
-] = {  # of files before torchvision 0.14, which the first published weights are
+# Of files before torchvision 0.14, which the first published weights are.
+OLD_KEYS: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)$": r"\1.0.\2",
     r"^rpn\.head\.conv\.(weight|bias)$": r"rpn.head.conv.0.0.\1",
     r"^roi_heads\.mask_head\.mask_fcn(\d)\.": lambda found: f"roi_heads.mask_head.{int(found[1]) - 1}.0.",
@@ -57,6 +56,9 @@ ANCHORS: dict[str, list[list[int]]] = {  # sides in pixels, one list per level o
 @dataclass(frozen=True)
 class PublishedDetector:
     """How torchvision's files for a detector differ from ours: what we call ``head``, they call ``roi_heads``.
+
+    A file for a v1 ResNet-50 is taken for one that torchvision published, whose batch norms add no epsilon; it cannot
+    say so itself.
 
     Attributes:
         builder: The function of ``torchvision.models`` whose weights they are; None if torchvision has none.

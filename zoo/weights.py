@@ -25,13 +25,8 @@ from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD
 
 FORMAT = "1"
 TORCHVISION_NAME = re.compile(r"[A-Z][A-Z0-9_]*")  # DEFAULT, IMAGENET1K_V2, …: no file is called so
-NOT_SAVED = (
-    "optimizer",
-    "scheduler",
-    "weights",
-    "backbone_weights",
-    "keep_matching_classes",
-)  # of a run, not the network
+# Arguments of a run, not of the network.
+NOT_SAVED = ("optimizer", "scheduler", "weights", "backbone_weights", "keep_matching_classes")
 
 
 @dataclass(frozen=True)
