@@ -38,7 +38,7 @@ usage: zoo COMMAND …
   zoo validate|test|predict RECIPE --ckpt_path FILE|best|last [overrides]
   zoo test RECIPE --ensemble FILE FILE…      the mean probabilities of several checkpoints
   zoo predict FILE PICTURE|FOLDER…           pictures of your own, by a .ckpt or .safetensors of the zoo
-              [--top 5] [--out DIR] [--device cpu|cuda|mps]
+              [--out DIR] [--device cpu|cuda|mps] [--top 5 | --score_threshold 0.5]     their classes, or objects
   zoo export CHECKPOINT --format safetensors|onnx|pt2 [--out FILE]
 
 An override is any key of the recipe: --trainer.max_epochs 3 --data.init_args.root my/data --seed_everything 1.
@@ -263,12 +263,18 @@ def _predict_pictures(arguments: list[str]) -> int:
     parser.add_argument("weights", type=Path, metavar="FILE", help=".ckpt of a run, or .safetensors")
     parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE|FOLDER", help="folders are searched through")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder; by default predictions")
-    parser.add_argument("--top", type=int, choices=range(1, 6), default=5, help="so many classes of each picture")
-    parser.add_argument("--test_time_augmentation", choices=("flip", "flip_shift"), help="average over 2 or 6 views")
+    parser.add_argument("--top", type=int, choices=range(1, 6), help="of a classifier: so many classes (5)")
+    parser.add_argument(
+        "--test_time_augmentation", choices=("flip", "flip_shift"), help="of a classifier: average over 2 or 6 views"
+    )
+    parser.add_argument(
+        "--score_threshold", type=_share, metavar="SCORE",
+        help="of a detector: least score of an object; by default its own, and of what is shown 0.5",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="by default cuda where there is one, else cpu")
-    parser.add_argument("--batch_size", type=int, default=64, help="pictures at a time")
+    parser.add_argument("--batch_size", type=int, help="pictures at a time (64; of a detector 4)")
     chosen = parser.parse(arguments[1:])
-    from zoo.running.picture_files import predict_pictures
+    from zoo.running.own_pictures import predict_pictures
 
     quieten()
     with refusing():
@@ -336,6 +342,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number from 1 on, not {text!r}")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, not {text!r}")
+    return value
 
 
 def _reproduce(arguments: list[str]) -> int:

@@ -25,6 +25,7 @@ def detections_figure(
     truths: list[dict[str, Any]] | None,
     class_names: list[str],
     threshold: float = 0.5,
+    names: list[str] | None = None,
 ) -> "Figure":
     """A sheet of pictures with what was found on them, and beside each the same picture with the true objects.
 
@@ -40,6 +41,7 @@ def detections_figure(
         truths: The same without scores, and with ``iscrowd`` (R,) if there is one; None draws the predictions alone.
         class_names: C names in the order of the labels 1…C.
         threshold: Only detections with such a score or a better one are drawn.
+        names: N captions, written above what was found; none by default.
     """
     from matplotlib.figure import Figure
 
@@ -49,7 +51,8 @@ def detections_figure(
     colours = _class_colours([*kept, *(truths or [])], len(class_names))
     # A row is as high as its tallest picture, up to twice the width.
     shapes = [min(image.shape[1] / image.shape[2], 2.0) for image in images for _ in range(each)] or [0.1]
-    heights = [WIDTH * max(shapes[i : i + columns]) + 0.3 for i in range(0, len(shapes), columns)]
+    title = 0.3 if names is None else 0.45
+    heights = [WIDTH * max(shapes[i : i + columns]) + title for i in range(0, len(shapes), columns)]
     figure = Figure(figsize=(WIDTH * columns, sum(heights) + 0.4), layout="constrained")
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     if not images:
@@ -58,6 +61,7 @@ def detections_figure(
         heading = f"found: {len(found['labels'])}"
         if left := len(predictions[i]["labels"]) - len(found["labels"]):
             heading += f" (and {left} below {threshold:.0%})"
+        heading = heading if names is None else f"{names[i]}\n{heading}"
         _draw(figure.add_subplot(grid[divmod(each * i, columns)]), image, found, class_names, colours, heading)
         if truths is not None:
             heading = f"true: {len(truths[i]['labels'])}"
@@ -123,7 +127,7 @@ def _draw(
     picture = image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
     axes.imshow(picture if picture.shape[2] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=1)
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
-    axes.set_title(heading, fontsize=8)
+    axes.set_title(heading, fontsize=8, parse_math=False)
     labels = objects["labels"].tolist()
     own = len(class_names) == 1 or "keypoints" in objects  # to tell one from another
     colours = [_colour(i, 10) if own else class_colours[k] for i, k in enumerate(labels)]

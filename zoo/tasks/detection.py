@@ -160,21 +160,10 @@ class DetectionTask(LightningModule):
         ``keypoints`` [[x, y, visibility], …] where the architecture finds them.
         """
         images = batch[0] if isinstance(batch, tuple) else batch
-        return [{"objects": self._objects(detections)} for detections in self.detect(list(images))]
+        return [{"objects": self.objects(detections)} for detections in self.detect(list(images))]
 
-    def draw_predictions(self, batch: Any, predictions: list[dict[str, Any]]) -> Any:
-        """The first images of a batch with what was found on them, the true objects beside it if they are known."""
-        images, targets = batch if isinstance(batch, tuple) else (batch, None)
-        images = list(images)[:SHOWN]
-        found = [_on_cpu(detections) for detections in self.detect(images)]  # as tensors: predictions are texts
-        truths = [_on_cpu(target) for target in targets[: len(images)]] if targets is not None else None
-        return detections_figure([image.cpu() for image in images], found, truths, self.class_names)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in the file what it is, so that ``zoo.load`` can rebuild it without a recipe."""
-        checkpoint["zoo"] = describe(self)
-
-    def _objects(self, detections: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def objects(self, detections: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """What was found on one image, as :meth:`predict_step` says it."""
         objects = []
         for row, label in enumerate(detections["labels"].tolist()):
             found = {
@@ -188,6 +177,18 @@ class DetectionTask(LightningModule):
                 found["keypoints"] = detections["keypoints"][row].tolist()
             objects.append(found)
         return objects
+
+    def draw_predictions(self, batch: Any, predictions: list[dict[str, Any]]) -> Any:
+        """The first images of a batch with what was found on them, the true objects beside it if they are known."""
+        images, targets = batch if isinstance(batch, tuple) else (batch, None)
+        images = list(images)[:SHOWN]
+        found = [_on_cpu(detections) for detections in self.detect(images)]  # as tensors: predictions are texts
+        truths = [_on_cpu(target) for target in targets[: len(images)]] if targets is not None else None
+        return detections_figure([image.cpu() for image in images], found, truths, self.class_names)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in the file what it is, so that ``zoo.load`` can rebuild it without a recipe."""
+        checkpoint["zoo"] = describe(self)
 
     def _write_results(self, kind: Kind) -> None:
         """COCO's results file in the run's folder, with the data's own category ids if it says them."""
@@ -206,8 +207,10 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _run_lengths(mask: Tensor) -> dict[str, Any]:
     """COCO's run lengths of a mask (1, H, W) or (H, W) of probabilities, as text."""
-    from pycocotools import mask as coco
-
+    try:
+        from pycocotools import mask as coco
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("masks need pycocotools: pip install 'zoo[detection]'") from error
     binary = (mask.reshape(mask.shape[-2:]) > 0.5).to(torch.uint8).cpu().numpy()
     encoded = coco.encode(binary.copy(order="F"))
     return {"size": list(encoded["size"]), "counts": encoded["counts"].decode()}
