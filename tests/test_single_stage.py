@@ -391,3 +391,13 @@ def test_rows_of_classes_with_the_same_name_are_kept(tmp_path):
     assert torch.equal(after.head.classes.weight[0], before.head.classes.weight[2])
     assert torch.equal(after.head.boxes.weight, before.head.boxes.weight)
     assert not (after.head.classes.weight[1] == before.head.classes.weight).flatten(1).all(1).any()
+
+
+def test_as_many_classes_as_hidden_values_are_not_taken_for_these(tmp_path):
+    names = [f"class {k}" for k in range(128)]
+    before = SingleStageDetector(128, names, **SMALL)
+    torch.save({"state_dict": before.state_dict(), "zoo": describe(before)}, tmp_path / "before.ckpt")
+    path = str(tmp_path / "before.ckpt")
+    after = SingleStageDetector(128, names[::-1], weights=path, keep_matching_classes=True, **SMALL)
+    assert torch.equal(after.head.hidden[0].weight, before.head.hidden[0].weight)
+    assert torch.equal(after.head.classes.weight, before.head.classes.weight.flip(0))

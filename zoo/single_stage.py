@@ -29,6 +29,7 @@ from zoo.weights import Published, load_weights
 STRIDE = 32  # pixels of a cell
 # Width and height in cells.
 ANCHORS = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (2, 3), (3, 2), (3, 5), (5, 3)]
+PUBLISHED = Published("mobilenet_v2", {"classifier.": "head.imagenet."})
 
 
 # What the assignment's two detectors share
@@ -43,6 +44,12 @@ def mobilenet_features(width: float = 1.0) -> nn.Sequential:
     from torchvision.models import mobilenet_v2
 
     return nn.Sequential(OrderedDict(features=mobilenet_v2(weights=None, width_mult=width).features))
+
+
+def last_channels(features: nn.Module) -> int:
+    """Channels of a map of :func:`mobilenet_features`: 1280 up to width 1."""
+    convolutions = [module for module in features.modules() if isinstance(module, nn.Conv2d)]
+    return convolutions[-1].out_channels
 
 
 def squash(images: Sequence[Tensor], size: int) -> Tensor:
@@ -73,6 +80,38 @@ def to_pixels(boxes: Tensor, picture: tuple[int, int], cells: int) -> Tensor:
     return boxes.clamp(0, cells) * (boxes.new_tensor([width, height, width, height]) / cells)
 
 
+def truths_in_cells(
+    images: Sequence[Tensor], targets: Sequence[Target], cells: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """True boxes (R_i, 4) of each picture, xyxy in cells, and their labels (R_i,) in 1…C."""
+    sizes = [(image.shape[1], image.shape[2]) for image in images]
+    boxes = [to_cells(target["boxes"], size, cells) for target, size in zip(targets, sizes, strict=True)]
+    return boxes, [target["labels"] for target in targets]
+
+
+def pictures_of(boxes: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The number (M,) of the picture of each box, of boxes (R_i, 4) of each picture one after the other."""
+    counts = torch.tensor([len(mine) for mine in boxes])
+    return torch.repeat_interleave(torch.arange(len(counts)), counts).to(device)
+
+
+def centres_and_sides(boxes: Tensor) -> Tensor:
+    """Boxes (M, 4), xyxy in cells, as centre and sides; a side below a thousandth of a cell counts as that much."""
+    centred = box_convert(boxes, "xyxy", "cxcywh")
+    return torch.cat([centred[:, :2], centred[:, 2:].clamp(min=1e-3)], 1)  # what is taught is a side's logarithm
+
+
+def check_labels(classes: Tensor, num_classes: int) -> None:
+    """Refuse classes (M,), counted from 0, that a network of so many does not have.
+
+    Raises:
+        ValueError: A class is none of them; it is named as a label, from 1.
+    """
+    if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
+        wrong = sorted({k + 1 for k in classes.tolist() if not 0 <= k < num_classes})
+        raise ValueError(f"labels {wrong} are none of 1 to {num_classes}, the classes of the network")
+
+
 def grid_anchors(cells: int, shapes: Tensor) -> Tensor:
     """All anchors of a grid: each shape around the centre of each cell.
 
@@ -89,6 +128,20 @@ def grid_anchors(cells: int, shapes: Tensor) -> Tensor:
     return torch.cat([centres, shapes[:, None, None].expand_as(centres)], -1)
 
 
+def all_overlaps(anchors: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+    """Intersection over union of every true box of all pictures with every anchor.
+
+    Args:
+        anchors: (A, S, S, 4) of :func:`grid_anchors`.
+        boxes: True boxes (R_i, 4) of each picture, xyxy in cells; R_i may be 0.
+
+    Returns:
+        (M, A * S * S), 0 for a box without area.
+    """
+    corners = box_convert(anchors.flatten(0, 2), "cxcywh", "xyxy")
+    return box_iou(torch.cat(list(boxes)).to(corners), corners)
+
+
 def best_overlaps(anchors: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """The largest intersection over union of each anchor with a true box of each picture.
 
@@ -99,12 +152,9 @@ def best_overlaps(anchors: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     Returns:
         (N, A, S, S), 0 in a picture without boxes.
     """
-    corners = box_convert(anchors.flatten(0, 2), "cxcywh", "xyxy")
-    counts = [len(mine) for mine in boxes]
-    overlaps = box_iou(torch.cat(list(boxes)).to(corners), corners)  # (M, A * S * S)
-    picture = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(corners.device)
-    best = overlaps.new_zeros(len(counts), overlaps.shape[1])
-    best = best.scatter_reduce(0, picture[:, None].expand(-1, overlaps.shape[1]), overlaps, "amax")
+    overlaps = all_overlaps(anchors, boxes)
+    picture = pictures_of(boxes, overlaps.device)[:, None].expand_as(overlaps)
+    best = overlaps.new_zeros(len(boxes), overlaps.shape[1]).scatter_reduce(0, picture, overlaps, "amax")
     return best.view(-1, *anchors.shape[:3])
 
 
@@ -173,12 +223,6 @@ class SingleStageNetwork(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map standardised pictures (N, 3, S, S) to what :class:`SingleStageHead` gives for S / 32 cells a side."""
         return cast(tuple[Tensor, Tensor, Tensor], self.head(self.backbone(images)))
-
-
-def last_channels(features: nn.Module) -> int:
-    """Channels of a map of :func:`mobilenet_features`: 1280 up to width 1."""
-    convolutions = [module for module in features.modules() if isinstance(module, nn.Conv2d)]
-    return convolutions[-1].out_channels
 
 
 # From outputs to boxes
@@ -292,31 +336,23 @@ def single_stage_losses(
     Raises:
         ValueError: A label is none of 1 to C.
     """
-    counts = torch.tensor([len(mine) for mine in boxes])
-    picture = torch.repeat_interleave(torch.arange(len(counts)), counts).to(anchors.device)
+    picture = pictures_of(boxes, anchors.device)
     truths = torch.cat(list(boxes)).to(anchors)  # (M, 4)
     classes = torch.cat(list(labels)).to(anchors.device) - 1
-    _check_labels(classes, logits.shape[1])
+    check_labels(classes, logits.shape[1])
     slot, row, column = nearest_anchors(anchors, truths)
     spare = sample(best_overlaps(anchors, boxes) < negative, max(len(truths), 1))
     scores = torch.cat([confidences[picture, slot, row, column], confidences.flatten()[spare]])
     target = (torch.arange(len(scores), device=scores.device) < len(truths)).to(scores)
-    wanted = box_convert(truths, "xyxy", "cxcywh")
-    wanted[:, 2:] = wanted[:, 2:].clamp(min=1e-3)
-    errors = offsets[picture, slot, row, column] - offsets_to(anchors[slot, row, column], wanted)
+    wanted = offsets_to(anchors[slot, row, column], centres_and_sides(truths))
+    errors = offsets[picture, slot, row, column] - wanted
     entropy = F.cross_entropy(logits[picture, :, row, column], classes, reduction="none")  # (M,)
-    share = 1 / counts.to(anchors)[picture] / len(counts)
+    share = 1 / picture.bincount(minlength=len(boxes)).to(anchors)[picture] / len(boxes)
     return {
         "loss_objectness": ((scores - target) ** 2).sum() / max(len(scores), 1),
         "loss_box": (errors**2).sum() / max(len(truths), 1),
         "loss_class": (entropy * share).sum(),
     }
-
-
-def _check_labels(classes: Tensor, num_classes: int) -> None:
-    if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
-        wrong = sorted({k + 1 for k in classes.tolist() if not 0 <= k < num_classes})
-        raise ValueError(f"labels {wrong} are none of 1 to {num_classes}, the classes of the network")
 
 
 class SingleStageDetector(DetectionTask):
@@ -371,7 +407,7 @@ class SingleStageDetector(DetectionTask):
         self.score_threshold = score_threshold
         self.overlap = overlap
         self.class_scores = class_scores
-        self.published = Published("mobilenet_v2", {"classifier.": "head.imagenet."})
+        self.published = PUBLISHED
         features = mobilenet_features(width)
         self.backbone = standardized(features, mean, std)
         self.head = SingleStageHead(last_channels(features), num_classes, len(ANCHORS), dropout)
@@ -379,6 +415,10 @@ class SingleStageDetector(DetectionTask):
         self.to(memory_format=torch.channels_last)
         if weights is not None:
             load_weights(self, weights, keep_matching_classes)
+
+    def class_rows(self, key: str, rows: int, classes: int) -> list[Tensor] | None:
+        """Which row of the last layer for the classes is whose; None for the other layers, whatever their rows are."""
+        return super().class_rows(key, rows, classes) if key.startswith("head.classes.") else None
 
     def detect(self, images: list[Tensor]) -> Detections:
         """Boxes in the images' pixels, labels 1…C, scores."""
@@ -394,8 +434,5 @@ class SingleStageDetector(DetectionTask):
     def losses(self, images: list[Tensor], targets: list[Target]) -> dict[str, Tensor]:
         """``loss_objectness``, ``loss_box``, ``loss_class``."""
         confidences, offsets, logits = self.head(self.backbone(squash(images, self.image_size)))
-        cells = self.image_size // STRIDE
-        sizes = [(image.shape[1], image.shape[2]) for image in images]
-        boxes = [to_cells(target["boxes"], size, cells) for target, size in zip(targets, sizes, strict=True)]
-        labels = [target["labels"] for target in targets]
+        boxes, labels = truths_in_cells(images, targets, self.anchors.shape[1])
         return single_stage_losses(confidences, offsets, logits, self.anchors, boxes, labels, self.negative)
