@@ -13,7 +13,7 @@ import torch.multiprocessing
 from torch import tensor
 
 from zoo.tasks.average_precision import mean_average_precision
-from zoo.tasks.coco_evaluation import CocoEvaluation
+from zoo.tasks.coco_evaluation import CocoEvaluation, _turns, _turns_on_gpu
 
 BOXES = [f"map{end}" for end in ("", "_50", "_75", "_small", "_medium", "_large")]
 BOXES += [f"mar{end}" for end in ("_1", "_10", "_100", "_small", "_medium", "_large")]
@@ -270,6 +270,58 @@ def test_a_box_turned_inside_out_is_a_wrong_detection():
     assert counted([prediction], [target], num_classes=1).compute()["map"] == pytest.approx(0.5)
 
 
+def strange_masks(height, width):
+    """Nothing, everything, noise, single columns and rows, corners, what touches each border, holes."""
+    generator = torch.Generator().manual_seed(height * width)
+    masks = [torch.zeros(height, width), torch.ones(height, width)]
+    masks += [(torch.rand(height, width, generator=generator) < share).float() for share in (0.02, 0.5, 0.98)]
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    lines = [x == 0, x == width - 1, x == width // 2, x % 2 == 0, y == 0, y == height - 1, y == height // 2, y % 2 == 1]
+    corners = [(x == i) & (y == j) for i in (0, width - 1) for j in (0, height - 1)]
+    halves = [x < width // 2, x >= width // 2, y < height // 2, y >= height // 2]
+    rings = [(x - width // 2).abs() + (y - height // 2).abs() == 2, (x > 0) & (y > 0) & (x < width - 1)]
+    return torch.stack([mask.float() for mask in (*masks, *lines, *corners, *halves, *rings)])
+
+
+def tight_boxes(masks):
+    """Around what is inside, as torchvision's masks_to_boxes has them, which refuses empty masks."""
+    boxes = torch.zeros(len(masks), 4)
+    for box, mask in zip(boxes, masks, strict=True):
+        if mask.any():
+            y, x = mask.nonzero().T
+            box.copy_(torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]))
+    return boxes
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (13, 1), (2, 2), (24, 33), (40, 16)])
+@pytest.mark.parametrize("boxed", ["tightly", "wrongly", "inside out"])
+def test_run_lengths_are_pycocotools_wherever_the_boxes_are(height, width, boxed):
+    from pycocotools import mask
+
+    masks = strange_masks(height, width)
+    tight = tight_boxes(masks)
+    boxes = {"tightly": tight, "wrongly": tight.flip(0) * 1.7 - 9, "inside out": tight[:, [2, 3, 0, 1]]}[boxed]
+    official = mask.encode(np.asfortranarray(masks.byte().permute(1, 2, 0).numpy()))
+    official = [{"size": runs["size"], "counts": runs["counts"].decode()} for runs in official]
+    objects = {"boxes": boxes, "labels": torch.ones(len(masks), dtype=torch.int64), "scores": torch.rand(len(masks))}
+    kinds = [
+        masks,
+        0.6 * masks[:, None],
+        masks.bfloat16(),
+        masks.double(),
+        masks.byte() * 255,
+        -masks.long(),
+        masks > 0,
+    ]
+    for given in kinds:
+        evaluation = CocoEvaluation(1, kinds=("masks",))
+        nothing = {key: value[:0] for key, value in objects.items()} | {"masks": given[:0], "image_id": tensor(1)}
+        evaluation.update([objects | {"masks": given}], [nothing])
+        assert [found["segmentation"] for found in evaluation.results([1], "masks")] == official
+    places, at_once = _turns(masks.byte().numpy(), boxes.numpy()), _turns_on_gpu(masks)
+    assert all(np.array_equal(*pair) for pair in zip(places, at_once, strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -279,6 +331,7 @@ def test_a_box_turned_inside_out_is_a_wrong_detection():
         ({"scores": tensor([float("nan")])}, "scores are NaN"),
         ({"boxes": tensor([[0.0, 0.0, float("inf"), 1.0]])}, "boxes are NaN or infinite"),
         ({"masks": torch.ones(1, 1, 9, 8)}, "masks of prediction and target differ"),
+        ({"masks": torch.ones(2, 1, 8, 8)}, "masks are not as many as the labels"),
     ],
 )
 def test_a_prediction_that_cannot_be_right_is_named(change, message):
