@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 import zoo
 from zoo.running.checkpoint import read_checkpoint, replacing
@@ -270,7 +270,7 @@ def _match(
     wrong: list[str] = []
     for key, mine in own.items():
         in_head = key.startswith("head.")
-        by_class = in_head and mine.ndim and key in state and state[key].shape[1:] == mine.shape[1:]
+        by_class = in_head and mine.ndim and key in state and _same_but_rows(module, key, mine, state[key])
         if key not in state and key.endswith("num_batches_tracked"):
             continue  # a count that nothing here reads and older files lack
         if key not in state and in_head:
@@ -290,6 +290,17 @@ def _match(
     known = {*own, *(key for key in state if key.endswith("num_batches_tracked"))}
     wrong += [f"{key} is unknown" for key in state if key not in known and not key.startswith("head.")]
     return taken, transfer, wrong
+
+
+def _same_but_rows(module: LightningModule, key: str, mine: Tensor, given: Tensor) -> bool:
+    """Whether two tensors of a layer differ at most in the number of its outputs."""
+    turned = isinstance(module.get_submodule(key.rpartition(".")[0]), nn.ConvTranspose2d) and mine.ndim > 1
+    outputs = 1 if turned else 0  # a transposed convolution has them in its second dimension
+    return _without(mine.shape, outputs) == _without(given.shape, outputs)
+
+
+def _without(shape: torch.Size, dimension: int) -> tuple[int, ...]:
+    return (*shape[:dimension], *shape[dimension + 1 :])
 
 
 def _rows_of(
