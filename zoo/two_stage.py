@@ -100,7 +100,8 @@ class RegionHead(nn.Module):
 def region_features(features: Tensor, boxes: Tensor, picture: Tensor) -> Tensor:
     """The mean over each box of RoIAlign's 2x2 values.
 
-    RoIAlign has no gradient to the boxes: what is learnt from these values goes into the map.
+    RoIAlign's kernel has no gradient to the boxes: what is learnt from these values goes into the map. Its replacement
+    in deterministic mode on a GPU has one, so that boxes should come detached.
 
     Args:
         features: Maps (N, C, S, S).
