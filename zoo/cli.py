@@ -182,6 +182,8 @@ def _show(arguments: list[str]) -> int:
     table.add_row("total", "", "", f"{total[0]:.2f}", f"{total[1]:,}", f"{total[2] / 1e6:.3f}", style="bold")
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     print("Memory is the layer's output in float32 for one image; a multiply-add is one operation, as in the lecture.")
+    if hasattr(model, "rpn"):
+        print("Of regions the first number of an output is how many are kept at most, or one where that is not fixed.")
     return 0
 
 
@@ -206,7 +208,7 @@ def _parameters(name: str) -> dict[str, Any]:
     """The arguments of an architecture that shape it, with their defaults."""
     import inspect
 
-    hidden = ("optimizer", "scheduler", "weights", "keep_matching_classes")
+    hidden = ("optimizer", "scheduler", "weights", "backbone_weights", "keep_matching_classes")
     parameters = inspect.signature(getattr(zoo, name)).parameters
     return {key: parameter.default for key, parameter in parameters.items() if key not in hidden}
 

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from zoo.standardization import Standardize
+from zoo.tasks.detection import DetectionTask
 
-LEFT_OUT = (nn.ReLU, nn.Dropout, nn.Identity, nn.BatchNorm2d, Standardize)
+RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.Hardsigmoid)
+NORMS = (nn.BatchNorm2d, nn.GroupNorm, FrozenBatchNorm2d, Standardize)
+LEFT_OUT = (*RECTIFIERS, *NORMS, nn.Dropout, nn.Identity, nn.Sequential)  # a Sequential without children
 
 
 @dataclass
@@ -32,18 +36,23 @@ class Row:
 def layer_table(network: nn.Module, images: Tensor) -> list[Row]:
     """Run ``images`` (1, C, H, W) through a network and describe its layers in the order in which they ran.
 
-    Works on the meta device: nothing is computed.
+    Works on the meta device: nothing is computed. A layer that runs several times has as many rows, its parameters in
+    the first. What a detector's head makes of each region has the number of regions before its size: as many as the
+    detector keeps at most, or one where it names no number.
     """
     rows: list[Row] = []
+    seen: set[str] = set()
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             kept = isinstance(module, nn.AdaptiveAvgPool2d | nn.Flatten) and output.shape == inputs[0].shape
             if isinstance(output, Tensor) and not isinstance(module, LEFT_OUT) and not kept:
-                parameters = sum(p.numel() for p in module.parameters())
+                parameters = 0 if name in seen else sum(p.numel() for p in module.parameters())
+                seen.add(name)
+                size = tuple(output.shape if len(output) > 1 else output.shape[1:])
                 rows.append(
-                    Row(name, type(module).__name__, tuple(output.shape[1:]), output.numel() * 4 / 1024, parameters,
-                        _multiply_adds(module, output))
+                    Row(name, type(module).__name__, size, output.numel() * 4 / 1024, parameters,
+                        _multiply_adds(module, inputs[0], output))
                 )  # fmt: skip
 
         return hook
@@ -52,14 +61,49 @@ def layer_table(network: nn.Module, images: Tensor) -> list[Row]:
     handles = [module.register_forward_hook(record(name)) for name, module in leaves]
     try:
         with torch.no_grad():
-            network(images)
+            _run(network, images)
     finally:
         for handle in handles:
             handle.remove()
     return rows
 
 
-def _multiply_adds(module: nn.Module, output: Tensor) -> int:
+def _run(network: nn.Module, images: Tensor) -> None:
+    """Of a detector the layers alone: what it selects between them depends on values."""
+    if not isinstance(network, DetectionTask):
+        network(images)
+        return
+    features = network.backbone(images)
+    rpn: Any = getattr(network, "rpn", None)
+    if isinstance(features, dict):  # torchvision's R-CNNs: a map for each level of the pyramid
+        rpn.head(list(features.values()))
+        _run_on_regions(network, next(iter(features.values())))
+    elif rpn is not None:
+        rpn(features)
+        box = images.new_zeros(1, 4)
+        network.head(features, box, box.new_zeros(1))
+    else:
+        network.head(features)
+
+
+def _run_on_regions(network: DetectionTask, features: Tensor) -> None:
+    """The layers of torchvision's heads, on as many regions as are kept in evaluation."""
+    head: Any = network.head
+
+    def regions(count: int, pool: Any) -> Tensor:
+        return features.new_zeros(count, features.shape[1], *pool.output_size)
+
+    head.box_predictor(head.box_head(regions(network.hparams["test_proposals"], head.box_roi_pool)))
+    if head.has_mask():
+        head.mask_predictor(head.mask_head(regions(head.detections_per_img, head.mask_roi_pool)))
+    if head.has_keypoint():
+        head.keypoint_predictor(head.keypoint_head(regions(head.detections_per_img, head.keypoint_roi_pool)))
+
+
+def _multiply_adds(module: nn.Module, given: Any, output: Tensor) -> int:
+    if isinstance(module, nn.ConvTranspose2d):
+        kernel_height, kernel_width = module.kernel_size
+        return given.numel() * module.out_channels // module.groups * kernel_height * kernel_width
     if isinstance(module, nn.Conv2d):
         kernel_height, kernel_width = module.kernel_size
         return output.numel() * module.in_channels // module.groups * kernel_height * kernel_width
