@@ -324,7 +324,9 @@ def _detections(images: list[dict[str, Any]], kind: Kind, backend: Backend | Non
         mask = _libraries(backend)[2]
         areas = mask.area([result["segmentation"] for result in results]).tolist() if results else []
     else:
-        areas = [np.ptp(r["keypoints"][0::3]) * np.ptp(r["keypoints"][1::3]) for r in results]
+        points = [image["predictions"]["keypoints"] for image in images]
+        points = [each[..., :2].astype(float) for each in points if len(each)]
+        areas = [area for each in points for area in np.ptp(each, axis=1).prod(1).tolist()]
     for result, area in zip(results, areas, strict=True):
         result |= {"area": float(area), "iscrowd": 0}
     return results
