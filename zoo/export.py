@@ -9,6 +9,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from zoo.running.checkpoint import replacing
+from zoo.tasks.detection import DetectionTask
 from zoo.weights import describe, load, read_weights, save
 
 Format = Literal["safetensors", "onnx", "pt2"]
@@ -32,7 +33,8 @@ class _Network(nn.Module):
 def export(checkpoint: Path, file_format: Format, out: Path | None = None, licence: str = "") -> Path:
     """Write a model in another format, complete or not at all.
 
-    ONNX and pt2 take images (N, C, H, W) in [0, 1] with any N, and carry class path, arguments and class names.
+    ONNX and pt2 take images (N, C, H, W) in [0, 1] with any N, and carry class path, arguments and class names. They
+    are for classifiers: what a detector selects depends on the images' values.
 
     Args:
         checkpoint: A ``.ckpt`` of a run, or a ``.safetensors`` weights file.
@@ -45,7 +47,7 @@ def export(checkpoint: Path, file_format: Format, out: Path | None = None, licen
 
     Raises:
         ImportError: The format's library is not installed.
-        ValueError: The exported model gives other outputs than the model.
+        ValueError: The exported model gives other outputs than the model, or it is a detector.
     """
     module = load(checkpoint)
     out = out or checkpoint.with_suffix(SUFFIXES[file_format])
@@ -53,6 +55,12 @@ def export(checkpoint: Path, file_format: Format, out: Path | None = None, licen
         _, header = read_weights(checkpoint)
         save(module, out, header.get("recipe", ""), header.get("metrics"), licence or header.get("licence", ""))
         return out
+    if isinstance(module, DetectionTask):
+        what = f"{checkpoint} holds a zoo.{type(module).__name__}, which cannot be written as {file_format}"
+        raise ValueError(
+            f"{what}: torch.export does not follow a detector, which keeps objects by the images' values; "
+            "--format safetensors works"
+        )
     # Two images: torch.export takes a size of one for a constant.
     shape = cast(Tensor, module.example_input_array).shape[1:]
     example = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))

@@ -265,3 +265,84 @@ def test_an_early_stop_and_a_checkpoint_of_the_recipe_do_not_get_in_the_way(tmp_
 def test_a_checkpoint_to_resume_from_is_refused(capsys):
     assert main(["check", "lenet/embedded", "--ckpt_path", "best"]) == 2
     assert "leave --ckpt_path out" in capsys.readouterr().err
+
+
+DETECTOR = """
+seed_everything: 0
+expect: []
+model:
+  class_path: zoo.SingleStageDetector
+  init_args:
+    image_size: 64
+    width: 0.25
+    dropout: 0.0
+    optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.01}}
+data:
+  class_path: datamodules.ScenesDataModule
+  init_args: {train_size: 24, val_size: 4, test_size: 4, batch_size: 4, image_size: 64}
+trainer: {max_epochs: 1, log_every_n_steps: 1}
+"""
+
+
+def of_objects():
+    Path("detector.yaml").write_text(DETECTOR)
+    rows = check("detector.yaml", [], 3)
+    return {row.name: row.state for row in rows if row.name}, {row.name: row.found for row in rows if row.name}
+
+
+def test_a_sound_recipe_of_a_detector_passes_in_its_own_terms():
+    found, said = of_objects()
+    assert "failed" not in found.values()
+    assert found["2 samples by heart"] == found["images"] == found["labels"] == found["boxes in training"] == "ok"
+    assert said["labels"] == "1 to 5"
+    data = datamodules.ScenesDataModule(train_size=24, val_size=4, test_size=4, image_size=64)
+    data.setup("fit")
+    counts = [
+        sum((t["labels"] == k).sum().item() for _, ts in data.train_dataloader() for t in ts) for k in range(1, 6)
+    ]
+    fewest, most = min(counts), max(counts)
+    assert said["classes in training"].startswith(f"fewest {fewest} objects (")
+    assert f"most {most} (" in said["classes in training"]
+    assert said["boxes in training"].startswith(f"{sum(counts) / 24:.1f} a picture")
+    assert said["samples of an epoch"] == "train 24, val 4, test 4"
+    assert said["files of train"].startswith("24 pictures, ")
+
+
+def change_training(monkeypatch, change):
+    """Change each target of the training batches."""
+    original = datamodules.ScenesDataModule.train_dataloader
+
+    class Changed:
+        def __init__(self, loader):
+            self.loader = loader
+
+        def __len__(self):
+            return len(self.loader)
+
+        def __iter__(self):
+            for images, targets in self.loader:
+                yield images, [change(dict(target)) for target in targets]
+
+    monkeypatch.setattr(datamodules.ScenesDataModule, "train_dataloader", lambda self: Changed(original(self)))
+
+
+def test_boxes_that_leave_their_pictures_fail(monkeypatch):
+    change_training(monkeypatch, lambda target: target | {"boxes": target["boxes"] + 40})
+    found, said = of_objects()
+    assert found["boxes in training"] == "failed"
+    assert " are not; " in said["boxes in training"]
+
+
+def test_pictures_of_bytes_and_classes_without_objects_are_told(monkeypatch):
+    change_training(monkeypatch, lambda target: target | {"labels": target["labels"].clamp(max=4)})
+    original = datamodules.ScenesDataModule.on_after_batch_transfer
+
+    def scaled(self, batch, dataloader_idx):
+        images, targets = original(self, batch, dataloader_idx)
+        return [image * 255 for image in images], targets
+
+    monkeypatch.setattr(datamodules.ScenesDataModule, "on_after_batch_transfer", scaled)
+    found, said = of_objects()
+    assert found["images"] == "failed"
+    assert found["classes in training"] == "warning"
+    assert said["classes in training"].startswith("fewest 0 objects (person)")

@@ -1,6 +1,8 @@
 """The lecture's checks before training: initial loss, gradients, a few samples learnt by heart, step sizes, data.
 
 Lecture 11, "Choosing hyperparameters" (steps 1 and 2) and "Track the ratio of weight update to weight magnitude".
+Of a detector's data the true boxes are looked at too, and two pictures are learnt by heart, to a quarter of the loss:
+what it looks at is drawn at random in each step.
 """
 
 import math
@@ -34,6 +36,8 @@ from zoo.running.views import replaced
 NEAR, FAR = 0.1, 0.3  # of the initial loss, as shares: a warning beyond the first, wrong beyond the second
 RATIO = (1e-4, 1e-2)  # of the size of an update to that of the weights; the lecture's rule of thumb is 1e-3
 FEW, BY_HEART = 10, 300  # samples to learn by heart, and steps to do it in
+FEW_PICTURES = 2  # the same of a detector, whose steps take long
+LEARNT, LEARNT_OBJECTS = (0.1, "a tenth"), (0.25, "a quarter")  # of the first loss; a detector draws what it looks at
 SECONDS = 10.0  # to look at each split
 
 State = Literal["ok", "failed", "warning", "skipped"]
@@ -111,11 +115,11 @@ class Beginning(Callback):
         self.images.update(batch)
         if not _learns(trainer, pl_module):
             reason = f"{type(pl_module).__name__} does not learn by gradients: it has no optimizer"
-            names = ("initial loss", "gradients", f"{FEW} samples by heart", "update / weight")
+            names = ("initial loss", "gradients", _by_heart_of(_first_few(batch)), "update / weight")
             self.checks = [Check(name, "", reason, "skipped") for name in names]
             raise _TunerExitException
         self.initial = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
-        self.few = _first(batch, FEW)
+        self.few = _first_few(batch)
         self.checks = [self._initial_loss(trainer, pl_module, batch)]
         pl_module.load_state_dict(self.initial)  # the forward pass has moved the statistics of batch norms
 
@@ -192,16 +196,17 @@ class Gradients:
 
 @dataclass
 class Range:
-    """The smallest and the largest value of the images, of batches that have any."""
+    """The smallest and the largest value of the images, of batches that have any: a tensor, or a list of pictures."""
 
     low: float = math.inf
     high: float = -math.inf
 
     def update(self, batch: Any) -> None:
         """Look at a batch as the model gets it."""
-        images = batch[0] if isinstance(batch, list | tuple) and batch else batch
-        if isinstance(images, Tensor) and images.ndim == 4 and images.numel():
-            self.low, self.high = min(self.low, float(images.min())), max(self.high, float(images.max()))
+        first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        for images in first if isinstance(first, list) else [first]:
+            if isinstance(images, Tensor) and images.ndim == (3 if isinstance(first, list) else 4) and images.numel():
+                self.low, self.high = min(self.low, float(images.min())), max(self.high, float(images.max()))
 
 
 @contextmanager
@@ -252,6 +257,21 @@ def _first(batch: Any, count: int) -> Any:
     return batch[:count].clone() if isinstance(batch, Tensor) else batch[:count] if isinstance(batch, list) else batch
 
 
+def _first_few(batch: Any) -> Any:
+    return _first(batch, FEW_PICTURES if _truths(batch) is not None else FEW)
+
+
+def _truths(batch: Any) -> list[dict[str, Tensor]] | None:
+    """The true objects of a detector's batch; None for other batches."""
+    targets = batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
+    found = isinstance(targets, list) and all(isinstance(t, dict) and {"boxes", "labels"} <= t.keys() for t in targets)
+    return targets if found else None
+
+
+def _by_heart_of(few: Any) -> str:
+    return f"{_samples(few)} samples by heart"
+
+
 def _gradients(beginning: Beginning, diverged: str) -> Check:
     gradients, expected = beginning.gradients, "finite and not all zero, for every parameter"
     if diverged:
@@ -271,7 +291,8 @@ def _some(names: list[str]) -> str:
 class _ByHeart(Callback):
     """Ends a training when its samples are known by heart."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float) -> None:
+        self.share = share
         self.losses: list[float] = []
         self.accuracy: float | None = None
 
@@ -290,15 +311,16 @@ class _ByHeart(Callback):
 
     @property
     def known(self) -> bool:
-        """By the accuracy where the task logs it, else by a loss of a tenth of the first."""
-        return self.accuracy == 1 if self.accuracy is not None else self.losses[-1] < 0.1 * self.losses[0]
+        """By the accuracy where the task logs it, else by a loss of a share of the first."""
+        return self.accuracy == 1 if self.accuracy is not None else self.losses[-1] < self.share * self.losses[0]
 
 
 def _by_heart(module: LightningModule, beginning: Beginning, trainer: Trainer, folder: Path) -> Check:
     """Fit a few samples from the same start, with the recipe's optimizer at a constant rate and no regularization."""
-    name = f"{FEW} samples by heart"
+    name = _by_heart_of(beginning.few)
     module.load_state_dict(beginning.initial)
-    by_heart = _ByHeart()
+    share, in_words = LEARNT if _truths(beginning.few) is None else LEARNT_OBJECTS
+    by_heart = _ByHeart(share)
     again = Trainer(
         accelerator=trainer.strategy.root_device.type,
         devices=1,
@@ -320,7 +342,7 @@ def _by_heart(module: LightningModule, beginning: Beginning, trainer: Trainer, f
             again.fit(module, batches)
     except NonFiniteLossError as error:
         return Check(name, "learnt", str(error).split(". ")[0], "failed")
-    found, expected = f"loss {by_heart.losses[0]:.3g} to {by_heart.losses[-1]:.3g}", "a tenth of the loss"
+    found, expected = f"loss {by_heart.losses[0]:.3g} to {by_heart.losses[-1]:.3g}", f"{in_words} of the loss"
     if by_heart.accuracy is not None:
         found, expected = f"accuracy {by_heart.accuracy:.2f}, {found}", "accuracy 1.00"
     state: State = "ok" if by_heart.known else "failed"
@@ -366,25 +388,48 @@ def _data(data: LightningDataModule) -> list[Check]:
     rows.append(_sizes(splits))
     classes = getattr(data, "num_classes", None)
     rows += [_label_range(splits, classes), _classes(splits["train"], classes, data)] if classes else []
-    return [*rows, _same_first_batch(data)]
+    rows += [_boxes(splits["train"])] if splits["train"].of_objects else []
+    return [*rows, _same_first_batch(data), *_report(data)]
 
 
 @dataclass
 class _Labels:
-    counts: Counter[int]
-    samples: int
-    complete: bool
+    counts: Counter[int] = field(default_factory=Counter)
+    samples: int = 0
+    complete: bool = True
+    of_objects: bool = False  # then they begin at 1
+    empty: int = 0  # pictures without an object
+    wrong_boxes: int = 0
+
+    def update(self, batch: Any) -> None:
+        """Count a batch."""
+        self.samples += _samples(batch)
+        target = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
+        if isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point():
+            self.counts.update(target.tolist())
+        if (truths := _truths(batch)) is not None:
+            self.of_objects = True
+            for image, truth in zip(batch[0], truths, strict=True):
+                self.counts.update(truth["labels"].tolist())
+                self.empty += not len(truth["labels"])
+                self.wrong_boxes += _count_wrong(truth["boxes"], image)
+
+
+def _count_wrong(boxes: Tensor, image: Tensor) -> int:
+    """Boxes (R, 4) without an area, or beyond the picture (3, H, W)."""
+    if not len(boxes):
+        return 0
+    height, width = image.shape[-2:]
+    inside = (boxes[:, :2] >= 0).all(1) & (boxes[:, 2] <= width) & (boxes[:, 3] <= height)
+    return int((~(inside & (boxes[:, 2:] > boxes[:, :2]).all(1))).sum())
 
 
 def _labels(loaders: Any) -> _Labels:
     """Count the labels of one split, as long as the time allows."""
-    labels, end = _Labels(Counter(), 0, True), time.monotonic() + SECONDS
+    labels, end = _Labels(), time.monotonic() + SECONDS
     loaders = [loaders] if hasattr(loaders, "__iter__") and not isinstance(loaders, list | tuple) else loaders or []
     for batch in (batch for loader in loaders for batch in loader):
-        target = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
-        if isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point():
-            labels.counts.update(target.tolist())
-        labels.samples += _samples(batch)
+        labels.update(batch)
         if time.monotonic() > end:
             labels.complete = False
             break
@@ -406,22 +451,47 @@ def _sizes(splits: dict[str, _Labels]) -> Check:
 
 def _label_range(splits: dict[str, _Labels], classes: int) -> Check:
     labels = set().union(*(split.counts for split in splits.values()))
-    expected = f"0 to {classes - 1}"
+    first = int(any(split.of_objects for split in splits.values()))
+    last = classes - 1 + first
+    expected = f"{first} to {last}"
     if not labels:
         return Check("labels", expected, "none that are class numbers", "skipped")
-    inside = min(labels) >= 0 and max(labels) < classes
+    inside = min(labels) >= first and max(labels) <= last
     return Check("labels", expected, f"{min(labels)} to {max(labels)}", "ok" if inside else "failed")
 
 
 def _classes(train: _Labels, classes: int, data: LightningDataModule) -> Check:
     if not train.counts:
         return Check("classes", "", "no class numbers in the training batches", "skipped")
-    names = getattr(data, "class_names", None) or [str(k) for k in range(classes)]
-    counts = [(train.counts.get(k, 0), str(name)) for k, name in enumerate(names)]
+    names = getattr(data, "class_names", None) or [str(k + train.of_objects) for k in range(classes)]
+    counts = [(train.counts.get(k + train.of_objects, 0), str(name)) for k, name in enumerate(names)]
     fewest, most = min(counts), max(counts)
-    found = f"fewest {fewest[0]:,} ({fewest[1]}), most {most[0]:,} ({most[1]})"
-    state: State = "ok" if fewest[0] else "failed" if train.complete else "warning"
+    what = " objects" if train.of_objects else ""
+    found = f"fewest {fewest[0]:,}{what} ({fewest[1]}), most {most[0]:,} ({most[1]})"
+    # A set of objects may name classes that it has none of, as parts of COCO do.
+    certain = train.complete and not train.of_objects
+    state: State = "ok" if fewest[0] else "failed" if certain else "warning"
     return Check("classes in training", f"all {classes}", found, state)
+
+
+def _boxes(train: _Labels) -> Check:
+    objects = train.counts.total()
+    found = f"{objects / max(train.samples, 1):.1f} a picture, {train.empty:,} pictures without one"
+    if train.wrong_boxes:
+        found = f"{train.wrong_boxes:,} of {objects:,} are not; {found}"
+    state: State = "failed" if train.wrong_boxes or not objects else "ok"
+    return Check("boxes in training", "with an area, inside of their pictures", found, state)
+
+
+def _report(data: LightningDataModule) -> list[Check]:
+    """What the data module itself says of its files, and below it what it found wrong with them."""
+    report = getattr(data, "report", None)
+    rows = []
+    for line in report().splitlines() if callable(report) else []:
+        split, _, found = line.partition(": ")
+        own = not line.startswith(" ")
+        rows.append(Check(f"files of {split}", "", found, "ok") if own else Check("", "", line.strip(), "warning"))
+    return rows
 
 
 def _same_first_batch(data: LightningDataModule) -> Check:
