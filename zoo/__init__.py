@@ -10,46 +10,64 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zoo.alexnet import AlexNet
     from zoo.deep_conv_net import DeepConvNet
+    from zoo.faster_rcnn import FasterRCNN
     from zoo.fully_connected import FullyConnectedNet
     from zoo.googlenet import GoogLeNet
+    from zoo.keypoint_rcnn import KeypointRCNN
     from zoo.knn import KNearestNeighbors
     from zoo.lenet import LeNet
     from zoo.linear_classifier import LinearClassifier
+    from zoo.mask_rcnn import MaskRCNN
     from zoo.preact_resnet import PreActResNet
     from zoo.resnet import ResNet
+    from zoo.single_stage import SingleStageDetector
     from zoo.squeezenet import SqueezeNet
+    from zoo.two_stage import TwoStageDetector
     from zoo.vgg import VGG
     from zoo.weights import load, save
+    from zoo.yolov3 import YOLOv3
 
 __version__ = "0.1.0"
 
 ARCHITECTURES = {
     "AlexNet": "zoo.alexnet",
     "DeepConvNet": "zoo.deep_conv_net",
+    "FasterRCNN": "zoo.faster_rcnn",
     "FullyConnectedNet": "zoo.fully_connected",
     "GoogLeNet": "zoo.googlenet",
     "KNearestNeighbors": "zoo.knn",
+    "KeypointRCNN": "zoo.keypoint_rcnn",
     "LeNet": "zoo.lenet",
     "LinearClassifier": "zoo.linear_classifier",
+    "MaskRCNN": "zoo.mask_rcnn",
     "PreActResNet": "zoo.preact_resnet",
     "ResNet": "zoo.resnet",
+    "SingleStageDetector": "zoo.single_stage",
     "SqueezeNet": "zoo.squeezenet",
+    "TwoStageDetector": "zoo.two_stage",
     "VGG": "zoo.vgg",
+    "YOLOv3": "zoo.yolov3",
 }
 _FUNCTIONS = {"load": "zoo.weights", "save": "zoo.weights"}
 
 __all__ = [
     "AlexNet",
     "DeepConvNet",
+    "FasterRCNN",
     "FullyConnectedNet",
     "GoogLeNet",
     "KNearestNeighbors",
+    "KeypointRCNN",
     "LeNet",
     "LinearClassifier",
+    "MaskRCNN",
     "PreActResNet",
     "ResNet",
+    "SingleStageDetector",
     "SqueezeNet",
+    "TwoStageDetector",
     "VGG",
+    "YOLOv3",
     "load",
     "save",
 ]

@@ -23,7 +23,7 @@ from zoo.running.schedules import Step
 from zoo.tasks.detection import Detections, DetectionTask, Target
 from zoo.weights import find_weights, load_weights, read_weights
 
-Network = Literal["resnet50", "resnet50_v2", "mobilenet_v3_large", "squeezenet1_0"]
+Network = Literal["resnet50", "resnet50_v2", "resnet18", "mobilenet_v3_large", "squeezenet1_0"]
 
 BUILDERS = {  # in torchvision.models
     "resnet50": "fasterrcnn_resnet50_fpn",
@@ -33,10 +33,28 @@ BUILDERS = {  # in torchvision.models
 CLASSIFIERS: dict[str, str] = {  # whose trunks they have
     "resnet50": "resnet50",
     "resnet50_v2": "resnet50",
+    "resnet18": "resnet18",
     "mobilenet_v3_large": "mobilenet_v3_large",
     "squeezenet1_0": "squeezenet1_0",
 }
-STAGES: dict[str, int] = {"resnet50": 5, "resnet50_v2": 5, "mobilenet_v3_large": 6, "squeezenet1_0": 4}
+# The maps that a trunk gives to the pyramid: its layers' names and channels.
+MAPS: dict[str, dict[str, int]] = {
+    "resnet50": {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": 2048},
+    "resnet50_v2": {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": 2048},
+    "resnet18": {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512},
+    "mobilenet_v3_large": {"13": 160, "16": 960},
+    "squeezenet1_0": {"5": 256, "10": 512, "12": 512},
+}
+RESNET_STAGES = [["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]]
+STAGES: dict[str, list[list[str]]] = {  # what is frozen together, from the first layers on
+    "resnet50": RESNET_STAGES,
+    "resnet50_v2": RESNET_STAGES,
+    "resnet18": RESNET_STAGES,
+    "mobilenet_v3_large": [
+        [str(layer) for layer in range(*ends)] for ends in ((0, 2), (2, 4), (4, 7), (7, 13), (13, 16), (16, 17))
+    ],
+    "squeezenet1_0": [[str(layer) for layer in range(*ends)] for ends in ((0, 3), (3, 6), (6, 12), (12, 13))],
+}
 # Of files before torchvision 0.14, which the first published weights are.
 OLD_KEYS: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)$": r"\1.0.\2",
@@ -48,6 +66,7 @@ EPS = 1e-5  # of the frozen batch norms here; those of the published v1 weights 
 ANCHORS: dict[str, list[list[int]]] = {  # sides in pixels, one list per level of the pyramid
     "resnet50": [[32], [64], [128], [256], [512]],
     "resnet50_v2": [[32], [64], [128], [256], [512]],
+    "resnet18": [[32], [64], [128], [256], [512]],
     "mobilenet_v3_large": [[32, 64, 128, 256, 512]] * 3,
     "squeezenet1_0": [[32], [64], [128], [256]],
 }
@@ -93,45 +112,44 @@ class PublishedDetector:
         return list(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])[1:]
 
 
-def fpn_backbone(network: Network, frozen_batch_norm: bool, trainable_layers: int) -> nn.Module:
-    """A trunk with a feature pyramid: images (N, 3, H, W) to maps (N, 256, H / s, W / s) and a pooled one.
+def fpn_backbone(
+    network: Network, frozen_batch_norm: bool, trainable_layers: int | None, channels: int = 256
+) -> nn.Module:
+    """A trunk with a feature pyramid: images (N, 3, H, W) to maps (N, channels, H / s, W / s) and a pooled one.
 
     MobileNet's maps have strides of 16 and 32; SqueezeNet's 4, 8 and 16, ResNet's 4, 8, 16 and 32.
 
     Args:
-        network: The trunk; that of v2 has batch norms in the pyramid too.
+        network: The trunk; that of v2 has batch norms in the pyramid too, which are trained as its own are.
         frozen_batch_norm: Batch norms that stand still, for batches of a few images.
-        trainable_layers: So many of the trunk's stages, from the last on, are trained.
+        trainable_layers: So many of the trunk's stages, from the last on, are trained; None trains all.
+        channels: Of the pyramid's maps.
 
     Raises:
         ValueError: ``trainable_layers`` are more stages than the trunk has.
     """
-    from torchvision.models import resnet50, squeezenet1_0
-    from torchvision.models.detection.backbone_utils import BackboneWithFPN, mobilenet_backbone
+    from torchvision import models
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
     from torchvision.ops import FrozenBatchNorm2d
     from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-    if not 0 <= trainable_layers <= (most := STAGES[network]):
-        raise ValueError(f"trainable_layers={trainable_layers} must be between 0 and {most}, the stages of {network}")
-    norm: Any = partial(FrozenBatchNorm2d, eps=EPS) if frozen_batch_norm else nn.BatchNorm2d
-    if network == "mobilenet_v3_large":
-        return mobilenet_backbone(
-            backbone_name=network, weights=None, fpn=True, norm_layer=norm, trainable_layers=trainable_layers
-        )
+    stages = STAGES[network]
+    trained = len(stages) if trainable_layers is None else trainable_layers
+    if not 0 <= trained <= len(stages):
+        raise ValueError(f"trainable_layers={trained} must be between 0 and {len(stages)}, the stages of {network}")
+    frozen = frozen_batch_norm and network != "resnet50_v2"
+    options: dict[str, Any] = {"norm_layer": partial(FrozenBatchNorm2d, eps=EPS) if frozen else nn.BatchNorm2d}
     if network == "squeezenet1_0":
-        trunk: nn.Module = squeezenet1_0(weights=None).features
-        levels, channels = {"5": "0", "10": "1", "12": "2"}, [256, 512, 512]
-        frozen = [str(i) for i in range([13, 12, 6, 3, 0][trainable_layers])]
-    else:
-        trunk = resnet50(weights=None, norm_layer=norm)
-        levels, channels = {f"layer{k}": str(k - 1) for k in (1, 2, 3, 4)}, [256, 512, 1024, 2048]
-        frozen = [["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]][: 5 - trainable_layers]  # type: ignore[assignment]
-        frozen = [name for names in frozen for name in names]
-    for name in frozen:
+        options = {}  # it has none
+    built = getattr(models, CLASSIFIERS[network])(weights=None, **options)
+    trunk = built.features if hasattr(built, "features") else built
+    for name in [name for stage in stages[: len(stages) - trained] for name in stage]:
         trunk.get_submodule(name).requires_grad_(False)
+    levels = {layer: str(level) for level, layer in enumerate(MAPS[network])}
     # SqueezeNet normalises nothing: without a norm its large values would drown the head's first steps.
     norms: dict[str, Any] = {"resnet50_v2": nn.BatchNorm2d, "squeezenet1_0": partial(nn.GroupNorm, 32)}
-    return BackboneWithFPN(trunk, levels, channels, 256, extra_blocks=LastLevelMaxPool(), norm_layer=norms.get(network))
+    widths = list(MAPS[network].values())
+    return BackboneWithFPN(trunk, levels, widths, channels, LastLevelMaxPool(), norms.get(network))
 
 
 def region_options(
@@ -160,7 +178,7 @@ def region_options(
         ValueError: ``anchor_sizes`` are not one list for each map.
     """
     from torchvision.models.detection.anchor_utils import AnchorGenerator
-    from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+    from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
     from torchvision.models.detection.rpn import RPNHead
     from torchvision.ops import MultiScaleRoIAlign
 
@@ -169,7 +187,7 @@ def region_options(
         raise ValueError(f"anchor_sizes need a list for each of the {len(ANCHORS[network])} maps of {network}: {sizes}")
     anchors = AnchorGenerator(tuple(map(tuple, sizes)), ((0.5, 1.0, 2.0),) * len(sizes))
     options: dict[str, Any] = {
-        "num_classes": num_classes + 1,
+        "box_predictor": FastRCNNPredictor(1024, num_classes + 1),
         "min_size": image_size[0],
         "max_size": image_size[1],
         "rpn_anchor_generator": anchors,
@@ -249,8 +267,9 @@ class FasterRCNN(DetectionTask):
     Args:
         num_classes: Number of classes, without the background.
         class_names: Their names, in the order of the labels 1, 2, …; None calls them "1", "2", ….
-        network: The trunk: ``resnet50`` (v1) and ``resnet50_v2`` as torchvision publishes them, ``mobilenet_v3_large``
-            for CPUs, ``squeezenet1_0`` for CPUs and ImageNet's smallest weights.
+        network: The trunk: ``resnet50`` (v1), ``resnet50_v2`` and ``mobilenet_v3_large`` as torchvision publishes them,
+            ``resnet18`` and ``squeezenet1_0`` for CPUs.
+        fpn_channels: Channels of the pyramid's maps; published weights are for 256.
         min_size: Shorter side that images are brought to, in pixels.
         max_size: What the longer side may be at most.
         frozen_batch_norm: Batch norms of the trunk stand still, as they must with a few images a step.
@@ -275,6 +294,7 @@ class FasterRCNN(DetectionTask):
         num_classes: int = 90,
         class_names: list[str] | None = None,
         network: Network = "resnet50",
+        fpn_channels: int = 256,
         min_size: int = 800,
         max_size: int = 1333,
         frozen_batch_norm: bool = True,
@@ -296,12 +316,11 @@ class FasterRCNN(DetectionTask):
         super().__init__(num_classes, class_names, optimizer, scheduler)
         self.example_input_array = torch.zeros(1, 3, min_size, min_size)
         self.published = PublishedDetector(BUILDERS.get(network))
-        stages = STAGES[network] if trainable_layers is None else trainable_layers
         sizes, kept = (min_size, max_size), (proposals, test_proposals)
         options = region_options(
             network, num_classes, sizes, anchor_sizes, kept, sampled_regions, detections, score_threshold
         )
-        backbone = fpn_backbone(network, frozen_batch_norm and network != "resnet50_v2", stages)
+        backbone = fpn_backbone(network, frozen_batch_norm, trainable_layers, fpn_channels)
         take_pieces(self, detection.FasterRCNN(backbone, **options))
         self.to(memory_format=torch.channels_last)
         if backbone_weights is not None:

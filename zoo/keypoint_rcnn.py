@@ -9,10 +9,10 @@ from typing import Literal, cast
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, optim
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNPredictor
 
 from zoo.faster_rcnn import (
     CLASSIFIERS,
-    STAGES,
     PublishedDetector,
     assembled,
     fpn_backbone,
@@ -29,6 +29,14 @@ from zoo.weights import load_weights
 BUILDERS = {"resnet50": "keypointrcnn_resnet50_fpn"}  # in torchvision.models
 
 
+class Predictor(KeypointRCNNPredictor):
+    """Torchvision's last layer of the keypoints' head, its maps in the memory layout that torchvision's loss needs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features (R, C, 14, 14) to a map of each keypoint (R, K, 56, 56)."""
+        return cast(Tensor, super().forward(x)).contiguous()  # its loss calls .view(), which channels_last refuses
+
+
 class KeypointRCNN(DetectionTask):
     """Keypoint R-CNN with a feature pyramid: boxes and the keypoints of each.
 
@@ -36,8 +44,10 @@ class KeypointRCNN(DetectionTask):
         num_classes: Number of classes, without the background; published weights know people alone.
         class_names: Their names, in the order of the labels 1, 2, …; None calls them "1", "2", ….
         num_keypoints: Number K of keypoints of an object; COCO's people have 17.
-        network: The trunk: ``resnet50`` as torchvision publishes it, ``mobilenet_v3_large`` and ``squeezenet1_0`` for
-            CPUs.
+        network: The trunk: ``resnet50`` as torchvision publishes it; ``resnet18``, ``mobilenet_v3_large`` and
+            ``squeezenet1_0`` for CPUs.
+        fpn_channels: Channels of the pyramid's maps; the keypoints' head has twice as many. Published weights are for
+            256.
         min_size: Shorter side that images are brought to, in pixels.
         max_size: What the longer side may be at most.
         frozen_batch_norm: Batch norms of the trunk stand still, as they must with a few images a step.
@@ -62,7 +72,8 @@ class KeypointRCNN(DetectionTask):
         num_classes: int = 1,
         class_names: list[str] | None = None,
         num_keypoints: int = 17,
-        network: Literal["resnet50", "mobilenet_v3_large", "squeezenet1_0"] = "resnet50",
+        network: Literal["resnet50", "resnet18", "mobilenet_v3_large", "squeezenet1_0"] = "resnet50",
+        fpn_channels: int = 256,
         min_size: int = 800,
         max_size: int = 1333,
         frozen_batch_norm: bool = True,
@@ -80,20 +91,22 @@ class KeypointRCNN(DetectionTask):
         scheduler: SchedulerCallable | None = lambda optimizer, steps: Step(optimizer, steps, [36 / 46, 43 / 46]),
     ) -> None:
         from torchvision.models import detection
+        from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads
         from torchvision.ops import MultiScaleRoIAlign
 
         super().__init__(num_classes, class_names, optimizer, scheduler, ("boxes", "keypoints"))
         self.example_input_array = torch.zeros(1, 3, min_size, min_size)
         self.published = PublishedDetector(BUILDERS.get(network))
-        stages = STAGES[network] if trainable_layers is None else trainable_layers
         sizes, kept = (min_size, max_size), (proposals, test_proposals)
         options = region_options(
             network, num_classes, sizes, anchor_sizes, kept, sampled_regions, detections, score_threshold
         )
         maps = options["box_roi_pool"].featmap_names
         options["keypoint_roi_pool"] = MultiScaleRoIAlign(maps, output_size=14, sampling_ratio=2)
-        backbone = fpn_backbone(network, frozen_batch_norm, stages)
-        take_pieces(self, detection.KeypointRCNN(backbone, num_keypoints=num_keypoints, **options))
+        options["keypoint_head"] = KeypointRCNNHeads(fpn_channels, [2 * fpn_channels] * 8)
+        options["keypoint_predictor"] = Predictor(2 * fpn_channels, num_keypoints)
+        backbone = fpn_backbone(network, frozen_batch_norm, trainable_layers, fpn_channels)
+        take_pieces(self, detection.KeypointRCNN(backbone, **options))
         self.to(memory_format=torch.channels_last)
         if backbone_weights is not None:
             load_backbone(self, backbone_weights, CLASSIFIERS[network])

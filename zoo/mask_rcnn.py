@@ -4,7 +4,7 @@ Paper: He et al., 2017, Mask R-CNN, https://arxiv.org/abs/1703.06870; the varian
 https://arxiv.org/abs/2111.11429. EECS 498-007, lecture 16. Built from torchvision, so that its weights load by name.
 """
 
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -12,7 +12,7 @@ from torch import Tensor, nn, optim
 
 from zoo.faster_rcnn import (
     CLASSIFIERS,
-    STAGES,
+    Network,
     PublishedDetector,
     assembled,
     fpn_backbone,
@@ -29,22 +29,24 @@ from zoo.weights import load_weights
 BUILDERS = {"resnet50": "maskrcnn_resnet50_fpn", "resnet50_v2": "maskrcnn_resnet50_fpn_v2"}  # in torchvision.models
 
 
-def mask_options(network: str, maps: int) -> dict[str, Any]:
+def mask_options(network: Network, num_classes: int, channels: int, maps: int) -> dict[str, Any]:
     """What torchvision's Mask R-CNN is told besides the boxes' part.
 
     Args:
         network: The trunk; with v2 the head is that of v2.
+        num_classes: Number of classes, without the background.
+        channels: Of the pyramid's maps and of the head.
         maps: Number of maps of the pyramid that regions are cut from.
     """
-    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
     from torchvision.ops import MultiScaleRoIAlign
 
-    options: dict[str, Any] = {
-        "mask_roi_pool": MultiScaleRoIAlign([str(k) for k in range(maps)], output_size=14, sampling_ratio=2)
+    norm = nn.BatchNorm2d if network == "resnet50_v2" else None
+    return {
+        "mask_roi_pool": MultiScaleRoIAlign([str(k) for k in range(maps)], output_size=14, sampling_ratio=2),
+        "mask_head": MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=norm),
+        "mask_predictor": MaskRCNNPredictor(channels, channels, num_classes + 1),
     }
-    if network == "resnet50_v2":
-        options["mask_head"] = MaskRCNNHeads(256, [256] * 4, 1, norm_layer=nn.BatchNorm2d)
-    return options
 
 
 class MaskRCNN(DetectionTask):
@@ -53,8 +55,9 @@ class MaskRCNN(DetectionTask):
     Args:
         num_classes: Number of classes, without the background.
         class_names: Their names, in the order of the labels 1, 2, …; None calls them "1", "2", ….
-        network: The trunk: ``resnet50`` (v1) and ``resnet50_v2`` as torchvision publishes them, ``mobilenet_v3_large``
-            and ``squeezenet1_0`` for CPUs.
+        network: The trunk: ``resnet50`` (v1) and ``resnet50_v2`` as torchvision publishes them; ``resnet18``,
+            ``mobilenet_v3_large`` and ``squeezenet1_0`` for CPUs.
+        fpn_channels: Channels of the pyramid's maps and of the masks' head; published weights are for 256.
         min_size: Shorter side that images are brought to, in pixels.
         max_size: What the longer side may be at most.
         frozen_batch_norm: Batch norms of the trunk stand still, as they must with a few images a step.
@@ -78,7 +81,8 @@ class MaskRCNN(DetectionTask):
         self,
         num_classes: int = 90,
         class_names: list[str] | None = None,
-        network: Literal["resnet50", "resnet50_v2", "mobilenet_v3_large", "squeezenet1_0"] = "resnet50",
+        network: Network = "resnet50",
+        fpn_channels: int = 256,
         min_size: int = 800,
         max_size: int = 1333,
         frozen_batch_norm: bool = True,
@@ -100,13 +104,12 @@ class MaskRCNN(DetectionTask):
         super().__init__(num_classes, class_names, optimizer, scheduler, ("boxes", "masks"))
         self.example_input_array = torch.zeros(1, 3, min_size, min_size)
         self.published = PublishedDetector(BUILDERS.get(network))
-        stages = STAGES[network] if trainable_layers is None else trainable_layers
         sizes, kept = (min_size, max_size), (proposals, test_proposals)
         options = region_options(
             network, num_classes, sizes, anchor_sizes, kept, sampled_regions, detections, score_threshold
         )
-        options |= mask_options(network, len(options["box_roi_pool"].featmap_names))
-        backbone = fpn_backbone(network, frozen_batch_norm and network != "resnet50_v2", stages)
+        options |= mask_options(network, num_classes, fpn_channels, len(options["box_roi_pool"].featmap_names))
+        backbone = fpn_backbone(network, frozen_batch_norm, trainable_layers, fpn_channels)
         take_pieces(self, detection.MaskRCNN(backbone, **options))
         self.to(memory_format=torch.channels_last)
         if backbone_weights is not None:
