@@ -9,6 +9,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -27,6 +28,16 @@ from zoo.running.starting import finish, prepare
 from zoo.weights import describe
 
 ARCHITECTURES = sorted(zoo.ARCHITECTURES)
+
+
+def folder_of(name: str) -> str:
+    return zoo.ARCHITECTURES[name].removeprefix("zoo.")
+
+
+def task_of(name: str) -> str:
+    return next(row["task"] for row in recipes.table() if row["architecture"] == name)
+
+
 NOT_APPLICABLE: dict[tuple[str, str], str] = {  # (architecture, test) -> reason
     ("KNearestNeighbors", "test_it_is_final_documented_and_takes_plain_arguments"):
         "it optimizes nothing, so it has no optimizer and no scheduler; test_knn.py asks the rest of it",
@@ -41,6 +52,22 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {  # (architecture, test) -> reason
         "it has no training loss",
 }  # fmt: skip
 
+NOT_APPLICABLE |= {
+    (name, test): "zoo export refuses detectors, and test_export.py tests that: what they select depends on values"
+    for name in ARCHITECTURES
+    if task_of(name) == "detection"
+    for test in ("test_it_exports_and_gives_the_same_outputs", "test_it_exports_to_onnx_and_gives_the_same_outputs")
+}
+
+# Of generated data so much as a check needs.
+SMALL = {"detection": ["train_size 24", "val_size 8", "test_size 24", "batch_size 2"]}
+# One batch learnt by heart, without augmentation as the lecture says: what makes it always the same, the steps it
+# takes, and the part of the loss that may be left.
+BY_HEART = {
+    "classification": (["batch_size 16", "translate 0"], 50, 0.1),
+    "detection": (["flip false", "scale_jitter null"], 40, 0.3),
+}
+
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
 RECIPES = pytest.mark.parametrize("recipe", recipes.names())
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -54,21 +81,22 @@ def _applicable(request):
         pytest.skip(reason)
 
 
-def folder_of(name: str) -> str:
-    return zoo.ARCHITECTURES[name].removeprefix("zoo.")
-
-
-def task_of(name: str) -> str:
-    return next(row["task"] for row in recipes.table() if row["architecture"] == name)
-
-
 def build(name: str, *overrides: str) -> tuple[LightningModule, LightningDataModule]:
     """A fresh model and data of the embedded recipe, as the command line makes them."""
     nothing = ["--trainer.limit_train_batches", "0", "--trainer.limit_val_batches", "0", "--trainer.logger", "false"]
-    cli = finish(prepare("fit", f"{folder_of(name)}/embedded", [*nothing, *overrides]))
+    cli = finish(prepare("fit", f"{folder_of(name)}/embedded", [*nothing, *small(name), *overrides]))
     cli.model.trainer = None
     cli.datamodule.trainer = None
     return cli.model, cli.datamodule
+
+
+def small(name: str) -> list[str]:
+    return of_data(SMALL.get(task_of(name), []))
+
+
+def of_data(settings: list[str]) -> list[str]:
+    """Overrides of the data module's arguments."""
+    return [word for setting in settings for word in f"--data.init_args.{setting}".split()]
 
 
 def fit(model, data, callbacks=(), ckpt_path=None, **options):
@@ -82,6 +110,10 @@ def fit(model, data, callbacks=(), ckpt_path=None, **options):
     trainer = Trainer(**QUIET, callbacks=[ExactResume(), *callbacks], plugins=[SafeCheckpointIO()], **options)
     trainer.fit(model, data, ckpt_path=ckpt_path)
     return trainer
+
+
+def numbers(trainer: Trainer) -> dict[str, float]:
+    return {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
 def first_batch(data: LightningDataModule):
@@ -100,7 +132,9 @@ def same(one, other) -> bool:
 
 
 def shortened(split, samples):
-    """The first samples of a split: tensors side by side, or anything that can be sliced."""
+    """The first samples of a split: tensors side by side, annotated pictures, or anything that can be sliced."""
+    if hasattr(split, "take"):
+        return split.take(np.arange(samples))
     return tuple(part[:samples] for part in split) if isinstance(split, tuple) else split[:samples]
 
 
@@ -167,7 +201,8 @@ def test_fast_dev_run_of_every_command(name, tmp_path):
     zoo.save(model, tmp_path / "start.safetensors")
     for command in ("fit", "validate", "test", "predict"):
         weights = ["--model.init_args.weights", str(tmp_path / "start.safetensors")]
-        assert main([command, f"{folder_of(name)}/embedded", "--trainer.fast_dev_run", "true", *weights]) == 0
+        options = ["--trainer.fast_dev_run", "true", *weights, *small(name)]
+        assert main([command, f"{folder_of(name)}/embedded", *options]) == 0
     assert not (tmp_path / "runs").exists()
 
 
@@ -182,12 +217,12 @@ class Losses(Callback):
 @EVERY
 def test_it_starts_at_the_loss_of_chance_and_overfits_one_batch(name):
     losses = Losses()
-    # Without augmentation, as the lecture says: one batch is then always the same.
-    model, data = build(name, "--data.init_args.batch_size", "16", "--data.init_args.translate", "0")
-    fit(model, data, [losses], max_steps=50, max_epochs=-1, overfit_batches=1, limit_val_batches=0)
+    settings, steps, left = BY_HEART[task_of(name)]
+    model, data = build(name, *of_data(settings))
+    fit(model, data, [losses], max_steps=steps, max_epochs=-1, overfit_batches=1, limit_val_batches=0)
     if task_of(name) == "classification":
         assert losses.values[0] == pytest.approx(model.chance_loss, rel=0.1)
-    assert min(losses.values[-5:]) < 0.1 * losses.values[0]
+    assert min(losses.values[-5:]) < left * losses.values[0]
 
 
 @EVERY
@@ -229,7 +264,7 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed_it_ends_with_the_same_wei
     last = fit(resumed, data, limit_train_batches=4, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
     assert same_weights(resumed, straight)
     assert last.global_step == reference.global_step == 8
-    assert last.callback_metrics == reference.callback_metrics
+    assert numbers(last) == pytest.approx(numbers(reference), abs=0, rel=0, nan_ok=True)
 
 
 @EVERY
@@ -245,7 +280,7 @@ def test_two_processes_evaluate_to_the_same_metrics_as_one(name, samples):
         data.eval_batch_size = 4
         trainer = Trainer(**QUIET, accelerator="cpu", strategy=strategy, devices=devices, enable_checkpointing=False)
         metrics.append({k: float(v) for k, v in trainer.test(model, data, verbose=False)[0].items()})
-    assert metrics[0] == pytest.approx(metrics[1], abs=1e-6)
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-6, nan_ok=True)  # COCO's numbers without objects of a size
     assert metrics[0]["test/samples"] == samples
 
 
@@ -273,9 +308,12 @@ def test_fine_tuning_to_another_number_of_classes_replaces_the_head_and_only_the
     arguments = {k: v for k, v in read_checkpoint(path)["zoo"]["arguments"].items() if k != "class_names"}
     classes = model.hparams.num_classes + 2
     started = type(model)(**arguments | {"num_classes": classes}, weights=str(path))
-    assert all(torch.equal(a, b) for a, b in zip(
-        started.backbone.state_dict().values(), model.backbone.state_dict().values(), strict=True))  # fmt: skip
-    assert any(classes in value.shape for value in started.head.state_dict().values())
+    before = model.state_dict()
+    others = {key: value for key, value in started.state_dict().items() if not key.startswith("head.")}
+    assert all(torch.equal(value, before[key]) for key, value in others.items())
+    more = [len(value) - len(before[f"head.{key}"]) for key, value in started.head.state_dict().items() if value.ndim]
+    assert max(more) >= 2, "two more classes have rows of their own"
+    assert all(rows % 2 == 0 for rows in more)
     again = type(model)(**arguments, weights=str(path))
     assert same_weights(again, model), "the head of as many classes is kept"
 
@@ -310,7 +348,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(name):
 @EVERY
 def test_predict_writes_what_a_person_can_look_at(name, trained, tmp_path):
     path, _, _ = trained
-    assert main(["predict", f"{folder_of(name)}/embedded", "--ckpt_path", str(path)]) == 0
+    assert main(["predict", f"{folder_of(name)}/embedded", "--ckpt_path", str(path), *small(name)]) == 0
     run = tmp_path / "runs" / folder_of(name) / "embedded" / "version_0"
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert rows

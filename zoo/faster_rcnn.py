@@ -224,6 +224,11 @@ def assembled(module: LightningModule) -> Any:
     return network
 
 
+def region_detections(module: LightningModule, images: list[Tensor]) -> Detections:
+    """What the module finds on images, by torchvision's names; nothing on none, a process's share of a last batch."""
+    return cast(Detections, assembled(module)(images)) if images else []
+
+
 def region_losses(module: LightningModule, images: list[Tensor], targets: list[Target]) -> dict[str, Tensor]:
     """The losses of the proposals and of the head by torchvision's names.
 
@@ -330,7 +335,7 @@ class FasterRCNN(DetectionTask):
 
     def detect(self, images: list[Tensor]) -> Detections:
         """Boxes in the images' pixels, labels 1…C, scores."""
-        return cast(Detections, assembled(self)(images))
+        return region_detections(self, images)
 
     def losses(self, images: list[Tensor], targets: list[Target]) -> dict[str, Tensor]:
         """``loss_objectness``, ``loss_rpn_box_reg``, ``loss_classifier``, ``loss_box_reg``."""

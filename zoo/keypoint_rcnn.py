@@ -14,9 +14,9 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNPredictor
 from zoo.faster_rcnn import (
     CLASSIFIERS,
     PublishedDetector,
-    assembled,
     fpn_backbone,
     load_backbone,
+    region_detections,
     region_losses,
     region_options,
     take_pieces,
@@ -115,7 +115,7 @@ class KeypointRCNN(DetectionTask):
 
     def detect(self, images: list[Tensor]) -> Detections:
         """Boxes in the images' pixels, labels 1…C, scores, ``keypoints`` (R, K, 3), ``keypoints_scores`` (R, K)."""
-        return cast(Detections, assembled(self)(images))
+        return region_detections(self, images)
 
     def losses(self, images: list[Tensor], targets: list[Target]) -> dict[str, Tensor]:
         """Those of Faster R-CNN and ``loss_keypoint``."""

@@ -4,7 +4,7 @@ Paper: He et al., 2017, Mask R-CNN, https://arxiv.org/abs/1703.06870; the varian
 https://arxiv.org/abs/2111.11429. EECS 498-007, lecture 16. Built from torchvision, so that its weights load by name.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -14,9 +14,9 @@ from zoo.faster_rcnn import (
     CLASSIFIERS,
     Network,
     PublishedDetector,
-    assembled,
     fpn_backbone,
     load_backbone,
+    region_detections,
     region_losses,
     region_options,
     take_pieces,
@@ -119,7 +119,7 @@ class MaskRCNN(DetectionTask):
 
     def detect(self, images: list[Tensor]) -> Detections:
         """Boxes in the images' pixels, labels 1…C, scores, ``masks`` (R, 1, H, W) of probabilities."""
-        return cast(Detections, assembled(self)(images))
+        return region_detections(self, images)
 
     def losses(self, images: list[Tensor], targets: list[Target]) -> dict[str, Tensor]:
         """Those of Faster R-CNN and ``loss_mask``."""
