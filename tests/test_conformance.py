@@ -65,7 +65,7 @@ SMALL = {"detection": ["train_size 24", "val_size 8", "test_size 24", "batch_siz
 # takes, and the part of the loss that may be left.
 BY_HEART = {
     "classification": (["batch_size 16", "translate 0"], 50, 0.1),
-    "detection": (["flip false", "scale_jitter null"], 40, 0.3),
+    "detection": (["flip false", "scale_jitter null"], 24, 0.3),
 }
 
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
