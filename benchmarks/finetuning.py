@@ -70,8 +70,8 @@ def batches(pictures: Pictures, batch_size: int, shuffle: bool) -> DataLoader:
         shuffle=shuffle,
         num_workers=2,
         drop_last=shuffle,
-        collate_fn=lambda rows: tuple(zip(*rows)),
-    )  # noqa: B905
+        collate_fn=lambda rows: tuple(zip(*rows, strict=True)),
+    )
 
 
 def train(model: Any, loader: DataLoader, epochs: int, device: str) -> None:
@@ -115,7 +115,7 @@ def evaluate(model: Any, pictures: Pictures, device: str) -> dict[str, float]:
             judged.evaluate()
             judged.accumulate()
             judged.summarize()
-        numbers |= {f"{kind} AP": judged.stats[0], f"{kind} AP50": judged.stats[1]}
+        numbers |= {f"{kind} AP": float(judged.stats[0]), f"{kind} AP50": float(judged.stats[1])}
     return numbers
 
 
