@@ -68,7 +68,15 @@ BY_HEART = {
     "detection": (["flip false", "scale_jitter null"], 24, 0.3),
 }
 
-EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
+
+def each(*slow: str) -> pytest.MarkDecorator:
+    """All architectures; those named are asked by ``make test-slow``."""
+    marks = {name: [pytest.mark.slow] for name in slow}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks.get(name, [])) for name in ARCHITECTURES])
+
+
+EVERY = each()
+LIKE_FASTER_RCNN = ("KeypointRCNN", "MaskRCNN")  # it and a head: their trainings take long
 RECIPES = pytest.mark.parametrize("recipe", recipes.names())
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -195,7 +203,7 @@ def test_it_is_final_documented_and_takes_plain_arguments(name):
     assert {"optimizer", "scheduler", "weights"} <= set(parameters)
 
 
-@EVERY
+@each(*LIKE_FASTER_RCNN)
 def test_fast_dev_run_of_every_command(name, tmp_path):
     model, _ = build(name)
     zoo.save(model, tmp_path / "start.safetensors")
@@ -214,7 +222,7 @@ class Losses(Callback):
         self.values.append(float(outputs["loss"]))
 
 
-@EVERY
+@each("AlexNet", "FasterRCNN", "GoogLeNet", "SqueezeNet", *LIKE_FASTER_RCNN)
 def test_it_starts_at_the_loss_of_chance_and_overfits_one_batch(name):
     losses = Losses()
     settings, steps, left = BY_HEART[task_of(name)]
@@ -250,7 +258,7 @@ class StopAfter(Callback):
             trainer._signal_connector.received_sigterm = True
 
 
-@EVERY
+@each(*LIKE_FASTER_RCNN)
 def test_stopped_in_the_middle_of_an_epoch_and_resumed_it_ends_with_the_same_weights(name, tmp_path):
     straight, data = build(name)
     reference = fit(straight, data, limit_train_batches=4)
@@ -267,7 +275,7 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed_it_ends_with_the_same_wei
     assert numbers(last) == pytest.approx(numbers(reference), abs=0, rel=0, nan_ok=True)
 
 
-@EVERY
+@each(*LIKE_FASTER_RCNN)
 @pytest.mark.parametrize("samples", [1, 21])
 def test_two_processes_evaluate_to_the_same_metrics_as_one(name, samples):
     metrics = []
