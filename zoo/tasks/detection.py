@@ -129,13 +129,13 @@ class DetectionTask(LightningModule):
         self.val_map.reset()
 
     def test_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> None:
-        """Count a batch of the test split and keep its first images."""
+        """Count a batch of the test split; of the first ones keep an image to be shown, one with objects if any has."""
         images, targets = batch
         found = self.detect(images)
         self.test_map.update(found, targets)
-        for image, detections, target in zip(images, found, targets, strict=True):
-            if len(self._shown) < SHOWN:
-                self._shown.append((image.cpu(), _on_cpu(detections), _on_cpu(target)))
+        if images and len(self._shown) < SHOWN:
+            place = max(range(len(images)), key=lambda k: (len(targets[k]["boxes"]) > 0, k))
+            self._shown.append((images[place].cpu(), _on_cpu(found[place]), _on_cpu(targets[place])))
 
     def on_test_epoch_end(self) -> None:
         """Log all numbers, the curves of precision over recall, images with their detections, and the results."""
@@ -179,12 +179,17 @@ class DetectionTask(LightningModule):
         return objects
 
     def draw_predictions(self, batch: Any, predictions: list[dict[str, Any]]) -> Any:
-        """The first images of a batch with what was found on them, the true objects beside it if they are known."""
+        """The first images of a batch with what was found on them, the true objects beside it if they are known.
+
+        Images without any object come last.
+        """
         images, targets = batch if isinstance(batch, tuple) else (batch, None)
-        images = list(images)[:SHOWN]
-        found = [_on_cpu(detections) for detections in self.detect(images)]  # as tensors: predictions are texts
-        truths = [_on_cpu(target) for target in targets[: len(images)]] if targets is not None else None
-        return detections_figure([image.cpu() for image in images], found, truths, self.class_names)
+        empty = [not row["objects"] and not (targets and len(targets[k]["boxes"])) for k, row in enumerate(predictions)]
+        places = sorted(range(len(images)), key=empty.__getitem__)[:SHOWN]
+        shown = [images[k] for k in places]
+        found = [_on_cpu(detections) for detections in self.detect(shown)]  # as tensors: predictions are texts
+        truths = [_on_cpu(targets[k]) for k in places] if targets is not None else None
+        return detections_figure([image.cpu() for image in shown], found, truths, self.class_names)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in the file what it is, so that ``zoo.load`` can rebuild it without a recipe."""
