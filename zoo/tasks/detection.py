@@ -181,11 +181,15 @@ class DetectionTask(LightningModule):
     def draw_predictions(self, batch: Any, predictions: list[dict[str, Any]]) -> Any:
         """The first images of a batch with what was found on them, the true objects beside it if they are known.
 
-        Images without any object come last.
+        Those with objects come first, after them those on which something was found most surely.
         """
         images, targets = batch if isinstance(batch, tuple) else (batch, None)
-        empty = [not row["objects"] and not (targets and len(targets[k]["boxes"])) for k, row in enumerate(predictions)]
-        places = sorted(range(len(images)), key=empty.__getitem__)[:SHOWN]
+
+        def first(k: int) -> tuple[bool, float]:
+            scores = [found["score"] for found in predictions[k]["objects"]]
+            return not (targets and len(targets[k]["boxes"])), -max(scores, default=0.0)
+
+        places = sorted(range(len(images)), key=first)[:SHOWN]
         shown = [images[k] for k in places]
         found = [_on_cpu(detections) for detections in self.detect(shown)]  # as tensors: predictions are texts
         truths = [_on_cpu(targets[k]) for k in places] if targets is not None else None
