@@ -94,8 +94,11 @@ def test_a_person_has_limbs_and_hidden_points_are_hollow():
     assert len(right.lines) == len(left.lines) == 17
     assert [len(points.get_offsets()) for points in right.collections] == [15, 1]
     assert [len(points.get_offsets()) for points in left.collections] == [16, 0]
-    five = detections_figure([torch.rand(3, 24, 36)], [found | {"keypoints": points[:, :5]}], None, ["cup"]).axes[0]
+    cup = found | {"keypoints": points[:, :5]}
+    five = detections_figure([torch.rand(3, 24, 36)], [cup], None, ["cup"]).axes[0]
     assert len(five.lines) == 0
+    joined = detections_figure([torch.rand(3, 24, 36)], [cup], None, ["cup"], skeleton=[[0, 1], [1, 4]]).axes[0]
+    np.testing.assert_allclose([line.get_xydata() for line in joined.lines], points[0][[[0, 1], [1, 4]], :2])
 
 
 def test_rows_fit_portraits_and_landscapes_and_nothing_is_no_error():

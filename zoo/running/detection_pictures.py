@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 Colour = tuple[float, float, float]
 
 # A person's 17 keypoints in COCO's order: ankles to knees to hips, hips and shoulders, arms, face.
-PERSON_SKELETON = [(15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (7, 9), (6, 8),
-                   (8, 10), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6)]  # fmt: skip
+PERSON_SKELETON = [[15, 13], [13, 11], [16, 14], [14, 12], [11, 12], [5, 11], [6, 12], [5, 6], [5, 7], [7, 9], [6, 8],
+                   [8, 10], [0, 1], [0, 2], [1, 3], [2, 4], [3, 5], [4, 6]]  # fmt: skip
 LABELLED = 20  # objects in one picture that have their names written to them
 WIDTH = 3.1  # of a picture, in inches of 100 pixels
 
@@ -26,6 +26,7 @@ def detections_figure(
     class_names: list[str],
     threshold: float = 0.5,
     names: list[str] | None = None,
+    skeleton: list[list[int]] | None = None,
 ) -> "Figure":
     """A sheet of pictures with what was found on them, and beside each the same picture with the true objects.
 
@@ -37,11 +38,12 @@ def detections_figure(
         images: N of (3, H, W) in [0, 1], each of its own size.
         predictions: A dict of tensors for each: ``boxes`` (R, 4) as (x1, y1, x2, y2) in pixels, ``labels`` (R,) in 1…C,
             ``scores`` (R,), and where there are ``masks`` (R, 1, H, W) or (R, H, W), drawn where above 0.5, and
-            ``keypoints`` (R, K, 3) as (x, y, visibility), with lines between them where K is 17, a person's.
+            ``keypoints`` (R, K, 3) as (x, y, visibility).
         truths: The same without scores, and with ``iscrowd`` (R,) if there is one; None draws the predictions alone.
         class_names: C names in the order of the labels 1…C.
         threshold: Only detections with such a score or a better one are drawn.
         names: N captions, written above what was found; none by default.
+        skeleton: Pairs of keypoints that a line joins, counted from 0; None: a person's where there are 17.
     """
     from matplotlib.figure import Figure
 
@@ -62,11 +64,13 @@ def detections_figure(
         if left := len(predictions[i]["labels"]) - len(found["labels"]):
             heading += f" (and {left} below {threshold:.0%})"
         heading = heading if names is None else f"{names[i]}\n{heading}"
-        _draw(figure.add_subplot(grid[divmod(each * i, columns)]), image, found, class_names, colours, heading)
+        _draw(
+            figure.add_subplot(grid[divmod(each * i, columns)]), image, found, class_names, colours, heading, skeleton
+        )
         if truths is not None:
             heading = f"true: {len(truths[i]['labels'])}"
             axes = figure.add_subplot(grid[divmod(each * i + 1, columns)])
-            _draw(axes, image, truths[i], class_names, colours, heading)
+            _draw(axes, image, truths[i], class_names, colours, heading, skeleton)
     if len(class_names) > 1 and colours and not any("keypoints" in found for found in kept):
         _name_colours(figure, colours, class_names)
     return figure
@@ -121,6 +125,7 @@ def _draw(
     class_names: list[str],
     class_colours: dict[int, Colour],
     heading: str,
+    skeleton: list[list[int]] | None,
 ) -> None:
     """An image and its objects."""
     height, width = image.shape[1:]
@@ -142,7 +147,7 @@ def _draw(
         _rectangle(axes, boxes[i].tolist(), colours[i], crowd, len(labels))
         if "keypoints" in objects:
             points = objects["keypoints"][i].detach().float().cpu().numpy()
-            _skeleton(axes, points, colours[i], points[:, 2] < (2 if scores is None else 1))
+            _skeleton(axes, points, colours[i], points[:, 2] < (2 if scores is None else 1), skeleton)
     for i in order[-LABELLED:]:
         name = class_names[labels[i] - 1] if len(class_names) > 1 else ""
         text = f"{name} {scores[i]:.0%}".strip() if scores is not None else name
@@ -172,13 +177,16 @@ def _label(axes: "Axes", box: list[float], text: str, colour: Colour, width: int
               parse_math=False).set_in_layout(False)  # fmt: skip
 
 
-def _skeleton(axes: "Axes", points: np.ndarray, colour: Colour, hidden: np.ndarray) -> None:
-    """A person's limbs, and the points (K, 3), hollow where hidden (K,)."""
+def _skeleton(
+    axes: "Axes", points: np.ndarray, colour: Colour, hidden: np.ndarray, lines: list[list[int]] | None
+) -> None:
+    """The limbs between points (K, 3), and the points, hollow where hidden (K,)."""
     there = points[:, 2] > 0
-    if len(points) == 17:
-        for start, end in PERSON_SKELETON:
-            if there[start] and there[end]:
-                axes.plot(*points[[start, end], :2].T, color=colour, linewidth=1.2)
+    if lines is None:
+        lines = PERSON_SKELETON if len(points) == 17 else []
+    for start, end in lines:
+        if there[start] and there[end]:
+            axes.plot(*points[[start, end], :2].T, color=colour, linewidth=1.2)
     for where, face in ((there & ~hidden, colour), (there & hidden, "white")):
         axes.scatter(
             points[where, 0], points[where, 1], s=9, facecolors=face, edgecolors=[colour], linewidths=0.8, zorder=3

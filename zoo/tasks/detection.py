@@ -148,7 +148,7 @@ class DetectionTask(LightningModule):
             self._write_results(kind)
         if self._shown:
             images, found, truths = (list(column) for column in zip(*self._shown, strict=True))
-            figure = detections_figure(images, found, truths, self.class_names)
+            figure = detections_figure(images, found, truths, self.class_names, skeleton=self._skeleton())
             log_picture(self, "test/detections", figure)
         self.test_map.reset()
         self._shown = []
@@ -193,11 +193,16 @@ class DetectionTask(LightningModule):
         shown = [images[k] for k in places]
         found = [_on_cpu(detections) for detections in self.detect(shown)]  # as tensors: predictions are texts
         truths = [_on_cpu(targets[k]) for k in places] if targets is not None else None
-        return detections_figure([image.cpu() for image in shown], found, truths, self.class_names)
+        shown = [image.cpu() for image in shown]
+        return detections_figure(shown, found, truths, self.class_names, skeleton=self._skeleton())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in the file what it is, so that ``zoo.load`` can rebuild it without a recipe."""
         checkpoint["zoo"] = describe(self)
+
+    def _skeleton(self) -> list[list[int]] | None:
+        """Which keypoints a line joins, if the data says so."""
+        return getattr(getattr(self._trainer, "datamodule", None), "skeleton", None) or None
 
     def _write_results(self, kind: Kind) -> None:
         """COCO's results file in the run's folder, with the data's own category ids if it says them."""
