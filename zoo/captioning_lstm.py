@@ -1,0 +1,485 @@
+"""Image captioning with a recurrent network: vanilla RNN, LSTM, and an LSTM that looks at the image anew at each word.
+
+Papers: Vinyals, Toshev, Bengio and Erhan, 2015, Show and tell: a neural image caption generator (section 3; beam search
+in 3.2); Xu, Ba, Kiros, Cho, Courville, Salakhutdinov, Zemel and Bengio, 2015, Show, attend and tell (section 3.1).
+Lecture: EECS 498-007, lectures 12, "Recurrent networks", and 13, "Attention"; assignment 4.
+Differs from Show and Tell, as the lecture does: the image gives the first hidden state and is no word of the sentence.
+Differs from Show, Attend and Tell, as the lecture does: scaled dot products in place of a small network, no gate on
+what was seen, words from the hidden state alone, no penalty on the attention.
+
+Images come as maps of features (N, C, S, S), captions as tokens (N, L): ``<START>``, words, ``<END>``, then ``<NULL>``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NULL, START, END, UNKNOWN = range(4)  # the first tokens of every vocabulary
+
+
+def _with_one_bias(recurrence: nn.RNNBase) -> None:
+    """Make the second bias of a layer of torch's a constant zero.
+
+    It has one for the input and one for the state. Only their sum counts, and the lecture's cells have one bias.
+    """
+    zeros = torch.zeros_like(recurrence.all_weights[0][3], requires_grad=False)
+    del recurrence.bias_hh_l0
+    recurrence.register_buffer("bias_hh_l0", zeros, persistent=False)
+    recurrence.bias_hh_l0 = zeros  # the layer also keeps a list of its weights, which it renews at an assignment
+
+
+def _initialize(recurrence: nn.RNNBase) -> None:
+    """The assignment's initial values: weights of variance 1 / inputs, no bias."""
+    w_x, w_h, b, _ = recurrence.all_weights[0]
+    nn.init.normal_(w_x, std=recurrence.input_size**-0.5)
+    nn.init.normal_(w_h, std=recurrence.hidden_size**-0.5)
+    nn.init.zeros_(b)
+
+
+class VanillaRNN(nn.Module):
+    """The lecture's recurrent network: ``h_t = tanh(x_t W_x + h_{t-1} W_h + b)``.
+
+    Its weights are those of a ``torch.nn.RNN``, which computes whole sequences; W_x and W_h are kept there transposed.
+
+    Args:
+        input_dim: Length D of an input.
+        hidden_dim: Length H of the hidden state.
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.recurrence = nn.RNN(input_dim, hidden_dim, batch_first=True)
+        _with_one_bias(self.recurrence)
+        _initialize(self.recurrence)
+
+    def step(self, x: Tensor, h: Tensor) -> Tensor:
+        """One step, with any leading dimensions: input (..., D) and state (..., H) to the next state (..., H)."""
+        w_x, w_h, b, _ = self.recurrence.all_weights[0]
+        return torch.tanh(F.linear(x, w_x, b) + F.linear(h, w_h))
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        """Map inputs (N, T, D) and the initial state (N, H) to the states after each step (N, T, H)."""
+        states, _ = self.recurrence(x, h.to(x.dtype)[None])
+        return cast(Tensor, states)
+
+
+class LSTM(nn.Module):
+    """The lecture's long short-term memory.
+
+    ``a = x_t W_x + h_{t-1} W_h + b``; ``i, f, o = sigmoid(a_i, a_f, a_o)``; ``g = tanh(a_g)``;
+    ``c_t = f * c_{t-1} + i * g``; ``h_t = o * tanh(c_t)``.
+
+    Its weights are those of a ``torch.nn.LSTM``, which computes whole sequences; W_x and W_h are kept there transposed,
+    and its gates are in the order i, f, g, o, where the lecture writes i, f, o, g.
+
+    Args:
+        input_dim: Length D of an input.
+        hidden_dim: Length H of the hidden state and of the cell state.
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.recurrence = nn.LSTM(input_dim, hidden_dim, batch_first=True)
+        _with_one_bias(self.recurrence)
+        _initialize(self.recurrence)
+
+    def from_input(self, x: Tensor) -> Tensor:
+        """The part of the activations a that the input gives, ``x W_x + b``: (..., D) to (..., 4 H)."""
+        w_x, _, b, _ = self.recurrence.all_weights[0]
+        return F.linear(x, w_x, b)
+
+    def from_state(self, h: Tensor) -> Tensor:
+        """The part of the activations a that the hidden state gives, ``h W_h``: (..., H) to (..., 4 H)."""
+        return F.linear(h, self.recurrence.all_weights[0][1])
+
+    @staticmethod
+    def gates(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Map activations (..., 4 H) and the cell state (..., H) to the next hidden and cell state."""
+        i, f, g, o = a.chunk(4, dim=-1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+    def step(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """One step: input (..., D), hidden and cell state (..., H) to the next hidden and cell state."""
+        return self.gates(self.from_input(x) + self.from_state(h), c)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        """Map inputs (N, T, D) and the initial hidden state (N, H) to the hidden states after each step (N, T, H)."""
+        h = h.to(x.dtype)[None]
+        states, _ = self.recurrence(x, (h, torch.zeros_like(h)))
+        return cast(Tensor, states)
+
+
+class AttentionLSTM(nn.Module):
+    """The lecture's LSTM with attention over a grid of features A (H, S, S), which are keys and values alike.
+
+    The last hidden state asks: ``M = softmax(h_{t-1} A / sqrt(H))`` over the S × S places. What it sees,
+    ``x_attn = sum of M A``, is one more input, ``a = x_t W_x + h_{t-1} W_h + x_attn W_attn + b``, to the same gates.
+
+    Args:
+        input_dim: Length D of an input.
+        hidden_dim: Length H of the states and of the features at each place of the grid.
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.lstm = LSTM(input_dim, hidden_dim)
+        self.attended = nn.Linear(hidden_dim, 4 * hidden_dim, bias=False)
+        nn.init.normal_(self.attended.weight, std=hidden_dim**-0.5)
+
+    @staticmethod
+    def initial_state(grid: Tensor) -> Tensor:
+        """Both states before the first step, the mean of the grid: (N, H, S, S) to (N, H)."""
+        return grid.mean(dim=(2, 3))
+
+    @staticmethod
+    def attend(h: Tensor, keys: Tensor) -> Tensor:
+        """Where the hidden states (N, ..., H) look among keys (N, H, P): weights (N, ..., P), which sum to one."""
+        return torch.softmax(torch.einsum("n...h,nhp->n...p", h, keys) / math.sqrt(keys.shape[1]), dim=-1)
+
+    def step(self, x: Tensor, h: Tensor, c: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One step as the lecture writes it.
+
+        Args:
+            x: Inputs (N, D), or (N, K, D) where K sequences go with each grid.
+            h: Hidden states (N, H) or (N, K, H).
+            c: Cell states of the same shape.
+            grid: Features (N, H, S, S).
+
+        Returns:
+            The next hidden and cell states, and the attention's weights (N, S, S) or (N, K, S, S).
+        """
+        keys = grid.flatten(2)  # (N, H, P) with the P = S * S places
+        weights = self.attend(h, keys)
+        x_attn = torch.einsum("n...p,nhp->n...h", weights, keys)
+        a = self.lstm.from_input(x) + self.lstm.from_state(h) + self.attended(x_attn)
+        return *self.lstm.gates(a, c), weights.unflatten(-1, grid.shape[2:])
+
+    def memory(self, grid: Tensor) -> tuple[Tensor, Tensor]:
+        """What all steps need of the grid (N, H, S, S): its keys (N, H, P), and their values A W_attn (N, P, 4 H)."""
+        keys = grid.flatten(2)
+        return keys, self.attended(keys.transpose(1, 2))
+
+    def advance(
+        self, from_input: Tensor, h: Tensor, c: Tensor, memory: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``step`` from what can be computed for all steps at once: ``lstm.from_input(x)`` and ``memory(grid)``.
+
+        The sum of M A times W_attn is the sum of M times A W_attn. The weights are (N, ..., P).
+        """
+        keys, values = memory
+        weights = self.attend(h, keys)
+        x_attn = torch.einsum("n...p,npa->n...a", weights, values)
+        return *self.lstm.gates(from_input + self.lstm.from_state(h) + x_attn, c), weights
+
+    def forward(self, x: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+        """Map inputs (N, T, D) and the grid (N, H, S, S) to hidden states (N, T, H) and weights (N, T, S, S)."""
+        h = c = self.initial_state(grid)
+        memory = self.memory(grid)
+        states, looks = [], []
+        for from_input in self.lstm.from_input(x).unbind(1):
+            h, c, weights = self.advance(from_input, h, c, memory)
+            states.append(h)
+            looks.append(weights)
+        return torch.stack(states, 1), torch.stack(looks, 1).unflatten(-1, grid.shape[2:])
+
+
+class Captions(NamedTuple):
+    """Captions of N images, at most T tokens long.
+
+    Attributes:
+        tokens: int64 (N, T): the words and ``<END>``, without ``<START>``, filled up with ``<NULL>``. A caption that
+            reached T tokens before its end has no ``<END>``.
+        log_probabilities: float (N,): of each caption as a whole, given its image.
+        attention: float (N, T, S, S): for each token where on the grid the network looked, weights that sum to one, and
+            zeros after the end. None for the cells without attention.
+    """
+
+    tokens: Tensor
+    log_probabilities: Tensor
+    attention: Tensor | None
+
+
+def captioning_loss(scores: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy summed over the tokens of a caption, mean over the captions, as the assignment has it.
+
+    Args:
+        scores: Logits (N, T, V).
+        targets: int64 (N, T), the tokens that the scores are for: ``tokens[:, 1:]``; ``<NULL>`` does not count.
+
+    Returns:
+        A scalar: at chance about log V times the mean number of words and ``<END>``.
+    """
+    loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=NULL, reduction="sum")
+    return loss / len(targets)
+
+
+def _select(tensor: Tensor, parents: Tensor) -> Tensor:
+    """Of (N, K, ...) the rows ``parents`` (N, K) of each image."""
+    return tensor[torch.arange(len(tensor), device=tensor.device)[:, None], parents]
+
+
+class _Beams:
+    """K captions of each of N images while they grow, their log-probabilities, and where the network looked."""
+
+    def __init__(self, features: Tensor, width: int, max_length: int, attends: bool) -> None:
+        if max_length < 1:
+            raise ValueError(f"max_length={max_length} must be at least 1")
+        n, device = len(features), features.device
+        self.max_length = max_length
+        self.step = 0
+        self.tokens = torch.full((n, width, max_length), NULL, device=device)
+        self.last = torch.full((n, width), START, device=device)
+        self.ended = torch.zeros(n, width, dtype=torch.bool, device=device)
+        self.lengths = torch.zeros(n, width, device=device)
+        # The K captions begin alike: all but the first are impossible, or each would be found K times.
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        self.log_p = torch.full((n, width), -torch.inf, dtype=dtype, device=device)
+        self.log_p[:, 0] = 0
+        self.attention = features.new_zeros(n, width, max_length, *features.shape[2:]) if attends else None
+
+    @property
+    def full(self) -> bool:
+        """Whether the captions have reached their greatest length."""
+        return self.step == self.max_length
+
+    def totals(self, log_p: Tensor) -> Tensor:
+        """Log-probabilities (N, K, V) of the captions with every next token, whose own are ``log_p`` (N, K, V)."""
+        stay = log_p.new_full(log_p.shape[2:], -torch.inf)
+        stay[NULL] = 0  # the only continuation of what has ended: nothing more, at no cost
+        return self.log_p[..., None] + torch.where(self.ended[..., None], stay, log_p)
+
+    def candidates(self, totals: Tensor, length_penalty: float) -> tuple[Tensor, Tensor]:
+        """The best K continuations: the captions that they continue, and their tokens, both (N, K)."""
+        k, v = totals.shape[1:]
+        lengths = self.lengths + ~self.ended
+        best = (totals / lengths[..., None] ** length_penalty).flatten(1).topk(k).indices
+        return best // v, best % v
+
+    def extend(self, parents: Tensor, tokens: Tensor, totals: Tensor, looks: Tensor | None) -> None:
+        """Continue the captions ``parents`` (N, K) with ``tokens`` (N, K), which are ``<NULL>`` where one has ended.
+
+        Args:
+            parents: Places of captions among the K of their image.
+            tokens: Their next tokens.
+            totals: What ``totals`` gave.
+            looks: Weights of the attention (N, K, P) of every caption, or None.
+        """
+        ended = _select(self.ended, parents)
+        self.log_p = totals.flatten(1).gather(1, parents * totals.shape[2] + tokens)
+        self.lengths = _select(self.lengths, parents) + ~ended
+        self.last = tokens
+        self.tokens = _select(self.tokens, parents)
+        self.tokens[..., self.step] = tokens
+        if self.attention is not None and looks is not None:
+            seen = _select(looks, parents).masked_fill(ended[..., None], 0)
+            self.attention = _select(self.attention, parents)
+            self.attention[:, :, self.step] = seen.view_as(self.attention[:, :, self.step])
+        self.ended = ended | (tokens == END)
+        self.step += 1
+
+    def settled(self, length_penalty: float) -> bool:
+        """Whether every image has an ended caption that none of its others can still surpass."""
+        finished = self._scores(length_penalty).masked_fill(~self.ended, -torch.inf)
+        # A log-probability only falls, and weighs least at the greatest length.
+        hopes = (self.log_p / self.max_length**length_penalty).masked_fill(self.ended, -torch.inf)
+        return bool((finished.amax(1) > hopes.amax(1)).all())
+
+    def best(self, length_penalty: float) -> Captions:
+        """The best caption of each image."""
+        best = self._scores(length_penalty).argmax(1, keepdim=True)  # (N, 1)
+        attention = None if self.attention is None else _select(self.attention, best)[:, 0]
+        return Captions(_select(self.tokens, best)[:, 0], _select(self.log_p, best)[:, 0], attention)
+
+    def _scores(self, length_penalty: float) -> Tensor:
+        return self.log_p / self.lengths.clamp(min=1) ** length_penalty
+
+
+class CaptioningNetwork(nn.Module):
+    """From a map of image features to captions: word vectors, a recurrent cell, and scores of the next word.
+
+    ``"rnn"`` and ``"lstm"`` start from an affine map of the pooled features. ``"attention"`` maps the features to H
+    channels at every place, starts from the mean of those, and looks at them before every word.
+
+    A caption's probability is the product of its tokens', ``<END>`` among them; ``<NULL>`` and ``<START>`` are never
+    produced, and the softmax goes over the other tokens. Decoding works on all images at once, where the features are.
+
+    Args:
+        vocab_size: Number V of tokens, of which the first four are special.
+        cell: The recurrent cell.
+        feature_dim: Channels C of the features.
+        wordvec_dim: Length W of a word vector.
+        hidden_dim: Length H of the hidden state.
+
+    Raises:
+        ValueError: ``cell`` is none of the three.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        cell: Literal["rnn", "lstm", "attention"] = "lstm",
+        feature_dim: int = 1280,
+        wordvec_dim: int = 256,
+        hidden_dim: int = 512,
+    ) -> None:
+        super().__init__()
+        cells: dict[str, type[nn.Module]] = {"rnn": VanillaRNN, "lstm": LSTM, "attention": AttentionLSTM}
+        if cell not in cells:
+            raise ValueError(f"cell={cell!r} is not one of {', '.join(cells)}")
+        self.features = nn.Linear(feature_dim, hidden_dim)
+        self.words = nn.Embedding(vocab_size, wordvec_dim)
+        self.cell = cells[cell](wordvec_dim, hidden_dim)
+        self.scores = nn.Linear(hidden_dim, vocab_size)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """The assignment's initial values; those of the cell are its own."""
+        nn.init.normal_(self.words.weight, std=self.words.num_embeddings**-0.5)
+        for affine in (self.features, self.scores):
+            nn.init.kaiming_normal_(affine.weight)
+            nn.init.zeros_(affine.bias)
+
+    def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Score every next token, given the true ones before it (teacher forcing).
+
+        Args:
+            features: float (N, C, S, S).
+            tokens: int64 (N, L), from ``<START>`` on.
+
+        Returns:
+            Scores (N, L - 1, V) of ``tokens[:, 1:]``, logits over the whole vocabulary.
+        """
+        vectors = self.words(tokens[:, :-1])  # (N, L - 1, W)
+        if isinstance(self.cell, AttentionLSTM):
+            states, _ = self.cell(vectors, self.grid(features))
+        else:
+            states = self.cell(vectors, self.initial_state(features))
+        return cast(Tensor, self.scores(states))
+
+    def initial_state(self, features: Tensor) -> Tensor:
+        """The hidden state before the first word, without attention: features (N, C, S, S) to (N, H)."""
+        return cast(Tensor, self.features(features.mean(dim=(2, 3))))
+
+    def grid(self, features: Tensor) -> Tensor:
+        """What attention looks at: features (N, C, S, S) to (N, H, S, S)."""
+        return cast(Tensor, self.features(features.movedim(1, -1)).movedim(-1, 1))
+
+    @torch.no_grad()
+    def greedy(self, features: Tensor, max_length: int = 15) -> Captions:
+        """Take the most probable token at every step.
+
+        Args:
+            features: float (N, C, S, S).
+            max_length: Tokens of a caption at most, with ``<END>``.
+
+        Raises:
+            ValueError: ``max_length`` is less than 1.
+        """
+        return self._one_by_one(features, max_length, lambda log_p: log_p.argmax(-1, keepdim=True))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        features: Tensor,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        max_length: int = 15,
+    ) -> Captions:
+        """Draw every token from its distribution.
+
+        Args:
+            features: float (N, C, S, S).
+            temperature: Divides the scores before the draw: below 1 for the probable words, above 1 for variety. The
+                log-probabilities that are returned are those of temperature 1.
+            generator: Draws the tokens, on the features' device; None is torch's own.
+            max_length: Tokens of a caption at most, with ``<END>``.
+
+        Raises:
+            ValueError: ``temperature`` is not positive, or ``max_length`` is less than 1.
+        """
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature} must be positive; greedy() is its limit at 0")
+
+        def draw(log_p: Tensor) -> Tensor:
+            return torch.multinomial((log_p / temperature).softmax(-1), 1, generator=generator)
+
+        return self._one_by_one(features, max_length, draw)
+
+    @torch.no_grad()
+    def beam_search(
+        self, features: Tensor, width: int = 5, length_penalty: float = 0.0, max_length: int = 15
+    ) -> Captions:
+        """Keep the best unfinished and finished captions of each image at every step, and return the best at the end.
+
+        A finished caption stays as it is and keeps its place among the ``width`` as long as it is good enough. What is
+        best is decided by the log-probability over ``length ** length_penalty``, ``<END>`` counted, at every step. A
+        search ends when no unfinished caption can become better than the best finished one.
+
+        Args:
+            features: float (N, C, S, S).
+            width: Captions K that are kept of each image; 1 is greedy.
+            length_penalty: 0 compares the probabilities, which favours short captions; 1 their mean over the tokens.
+            max_length: Tokens of a caption at most, with ``<END>``.
+
+        Raises:
+            ValueError: ``width`` or ``max_length`` is less than 1, or ``length_penalty`` is negative.
+        """
+        if width < 1:
+            raise ValueError(f"width={width} must be at least 1")
+        if length_penalty < 0:
+            raise ValueError(f"length_penalty={length_penalty} must not be negative")
+        beams = _Beams(features, width, max_length, isinstance(self.cell, AttentionLSTM))
+        state, memory = self._start(features, width)
+        while not beams.full and not beams.settled(length_penalty):
+            log_p, state, looks = self._next(beams.last, state, memory)
+            totals = beams.totals(log_p)
+            parents, tokens = beams.candidates(totals, length_penalty)
+            state = (_select(state[0], parents), _select(state[1], parents))
+            beams.extend(parents, tokens, totals, looks)
+        return beams.best(length_penalty)
+
+    def _one_by_one(self, features: Tensor, max_length: int, choose: Callable[[Tensor], Tensor]) -> Captions:
+        """Caption by choosing each token (N, 1) from its log-probabilities (N, V)."""
+        beams = _Beams(features, 1, max_length, isinstance(self.cell, AttentionLSTM))
+        state, memory = self._start(features, 1)
+        while not beams.full and not bool(beams.ended.all()):
+            log_p, state, looks = self._next(beams.last, state, memory)
+            tokens = choose(log_p[:, 0]).masked_fill(beams.ended, NULL)
+            beams.extend(torch.zeros_like(tokens), tokens, beams.totals(log_p), looks)
+        return beams.best(length_penalty=0.0)
+
+    def _start(self, features: Tensor, width: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+        """The states (N, K, H) before the first word, and what attention remembers of the image, once for its K."""
+        memory = None
+        if isinstance(self.cell, AttentionLSTM):
+            grid = self.grid(features)
+            h = self.cell.initial_state(grid)
+            state, memory = (h, h), self.cell.memory(grid)
+        else:
+            h = self.initial_state(features)
+            state = (h, torch.zeros_like(h))  # the vanilla RNN leaves the second as it is
+        h, c = (part[:, None].expand(-1, width, -1) for part in state)
+        return (h, c), memory
+
+    def _next(
+        self, tokens: Tensor, state: tuple[Tensor, Tensor], memory: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+        """From the last tokens (N, K): log-probabilities of the next (N, K, V), states, and attention (N, K, P)."""
+        vectors = self.words(tokens)
+        h, c = state
+        weights = None
+        if isinstance(self.cell, AttentionLSTM) and memory is not None:
+            h, c, weights = self.cell.advance(self.cell.lstm.from_input(vectors), h, c, memory)
+        elif isinstance(self.cell, LSTM):
+            h, c = self.cell.step(vectors, h, c)
+        else:
+            h = cast(VanillaRNN, self.cell).step(vectors, h)
+        scores = self.scores(h)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores[..., [NULL, START]] = -torch.inf
+        return scores.log_softmax(-1), (h, c), weights
