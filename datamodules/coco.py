@@ -298,8 +298,12 @@ def keypoint_names(path: Path, categories: list[Category]) -> tuple[list[str], l
 # Annotations
 
 
-def load_json(path: Path) -> dict[str, Any]:
+def load_json(path: Path, keys: tuple[str, ...] = ("images", "annotations", "categories")) -> dict[str, Any]:
     """A json file in COCO's format.
+
+    Args:
+        path: The file.
+        keys: The lists that it must have.
 
     Raises:
         FileNotFoundError: It is missing.
@@ -309,7 +313,6 @@ def load_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no whole json file ({error}): fetch or write it again") from error
-    keys = ("images", "annotations", "categories")
     missing = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if missing:
         raise ValueError(f"{path} has no list {missing[0]!r}: expected an object with the lists {', '.join(keys)}")
