@@ -274,7 +274,7 @@ def test_greedy_takes_the_best_token_at_every_step(cell):
 
 def chain(probabilities):
     """A network whose next word depends on the last one alone: rows are ``{last token: {next token: probability}}``."""
-    v = 3 + max(max(probabilities), *(token for row in probabilities.values() for token in row))
+    v = 1 + max(max(probabilities), *(token for row in probabilities.values() for token in row))
     network = CaptioningNetwork(v, "rnn", feature_dim=1, wordvec_dim=v, hidden_dim=v).double()
     for parameter in network.parameters():
         nn.init.zeros_(parameter)
@@ -310,6 +310,14 @@ def test_length_penalty_prefers_the_longer_of_two_by_hand():
     assert found[0.0].tokens.tolist() == [[END, NULL, NULL, NULL]]
     assert found[1.0].tokens.tolist() == [[4, 5, 6, END]]
     assert found[1.0].log_probabilities.exp().tolist() == pytest.approx([0.7 * 0.6 * 0.6])  # not divided
+
+
+def test_a_search_goes_on_while_an_unfinished_caption_may_still_win_by_hand():
+    # After one step log 0.3 of an ended caption leads log 0.25, which is sure to go on: by the mean over 3 it wins.
+    network = chain({START: {END: 0.3, 4: 0.25, 5: 0.15, 6: 0.15, 7: 0.15}, 4: {8: 1.0}, 8: {END: 1.0}})
+    features = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    assert network.beam_search(features, 2, 0.0).tokens[0, :3].tolist() == [END, NULL, NULL]
+    assert network.beam_search(features, 2, 1.0).tokens[0, :4].tolist() == [4, 8, END, NULL]
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
