@@ -118,11 +118,9 @@ class CaptionedPictures:
         """Make ``tokens`` of the captions."""
         ids = {word: number for number, word in enumerate(words) if number >= len(SPECIAL)}
         coded = [[ids.get(word, UNK) for word in tokenize(text)] for texts in self.captions for text in texts]
-        tokens = np.full((len(coded), max_length + 2), NULL, dtype=np.int64)
-        for row, caption in zip(tokens, coded, strict=True):
-            kept = [START, *caption[:max_length], END]
-            row[: len(kept)] = kept
-        self.tokens = torch.from_numpy(tokens)
+        rows = [[START, *caption[:max_length], END] for caption in coded]
+        padded = [row + [NULL] * (max_length + 2 - len(row)) for row in rows]
+        self.tokens = torch.from_numpy(np.array(padded, dtype=np.int64).reshape(-1, max_length + 2))
         self._lengths = np.array([len(caption) for caption in coded], dtype=np.int64)
 
     def samples(self) -> tuple[Tensor, Tensor]:
@@ -163,7 +161,7 @@ def collect(folder: Path, found: list[Found], findings: Findings) -> CaptionedPi
         file = folder / picture.name
         if file.parent not in listings:
             listings[file.parent] = set(os.listdir(file.parent)) if file.parent.is_dir() else set()
-        captions = [caption for caption in picture.captions if tokenize(caption)]
+        captions = [caption for caption in picture.captions if any(map(str.isalnum, caption))]
         findings.count("captions without words left out", len(picture.captions) - len(captions))
         if not captions:
             findings.note("pictures without captions left out", picture.name)
