@@ -148,7 +148,7 @@ COMMANDS = [
     ("reproduce good.yaml no_expect.yaml", ["no_expect.yaml", "`expect`"]),
     ("reproduce good.yaml --trainer.max_epoch 1", ["--trainer.max_epoch", "trainer.max_epochs"]),
     ("reproduce good.yaml --out", ["--out", "expected one argument"]),
-    ("reproduce lectur", ["no recipe, list or file 'lectur'", "did you mean lecture?"]),
+    ("reproduce lectur", ["no recipe, list or file 'lectur'", "did you mean lecture or"]),
     ("reproduce members.yaml", ["members.yaml, line 1", "recipes must be a list of names"]),
     ("reproduce good.yaml x=3 --trainer.max_epochs 1", ["no recipe, list or file 'x=3'"]),
     ("fit lecture", ["lecture is a list of recipes", "zoo reproduce lecture"]),

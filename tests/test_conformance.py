@@ -77,6 +77,7 @@ def each(*slow: str) -> pytest.MarkDecorator:
 
 EVERY = each()
 LIKE_FASTER_RCNN = ("KeypointRCNN", "MaskRCNN")  # it and a head: their trainings take long
+SMALL_NETWORKS = ("DeepConvNet", "FullyConnectedNet", "KNearestNeighbors", "LeNet", "LinearClassifier", "PreActResNet")
 RECIPES = pytest.mark.parametrize("recipe", recipes.names())
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -203,7 +204,7 @@ def test_it_is_final_documented_and_takes_plain_arguments(name):
     assert {"optimizer", "scheduler", "weights"} <= set(parameters)
 
 
-@each(*LIKE_FASTER_RCNN)
+@each("AlexNet", "GoogLeNet", "VGG", *LIKE_FASTER_RCNN)
 def test_fast_dev_run_of_every_command(name, tmp_path):
     model, _ = build(name)
     zoo.save(model, tmp_path / "start.safetensors")
@@ -222,7 +223,7 @@ class Losses(Callback):
         self.values.append(float(outputs["loss"]))
 
 
-@each("AlexNet", "FasterRCNN", "GoogLeNet", "SqueezeNet", *LIKE_FASTER_RCNN)
+@each(*(name for name in ARCHITECTURES if name not in SMALL_NETWORKS))
 def test_it_starts_at_the_loss_of_chance_and_overfits_one_batch(name):
     losses = Losses()
     settings, steps, left = BY_HEART[task_of(name)]
@@ -275,8 +276,15 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed_it_ends_with_the_same_wei
     assert numbers(last) == pytest.approx(numbers(reference), abs=0, rel=0, nan_ok=True)
 
 
-@each(*LIKE_FASTER_RCNN)
-@pytest.mark.parametrize("samples", [1, 21])
+@pytest.mark.parametrize(
+    ("name", "samples"),
+    [
+        # A single sample, so that a process has none, concerns the task more than the architecture.
+        pytest.param(name, samples, marks=[pytest.mark.slow] * (name in LIKE_FASTER_RCNN or name not in few))
+        for samples, few in ((1, ("FasterRCNN", "LeNet", "YOLOv3")), (21, ARCHITECTURES))
+        for name in ARCHITECTURES
+    ],
+)
 def test_two_processes_evaluate_to_the_same_metrics_as_one(name, samples):
     metrics = []
     for strategy, devices in (("auto", 1), ("ddp_fork", 2)):

@@ -109,7 +109,7 @@ def test_the_command_runs_on_two_processes(tmp_path):
     assert len(content["random_states"]) == 2
 
 
-@pytest.mark.parametrize("everyone", [True, False])
+@pytest.mark.parametrize("everyone", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_two_processes_asked_to_stop_save_once_and_end(tmp_path, everyone):
     """SIGTERM to the whole group, as a cluster sends it, and to one process alone."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}

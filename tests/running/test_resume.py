@@ -73,7 +73,9 @@ def whole(tmp_path_factory):
     return content
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_run_that_was_ended_by_a_signal_goes_on_to_the_same_weights(tmp_path, whole, number, status):
     (tmp_path / "noisy.yaml").write_text(RECIPE)
     first = start(tmp_path)
