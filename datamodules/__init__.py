@@ -4,8 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datamodules.captions import COCOCaptionsDataModule
     from datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
     from datamodules.coco import COCODataModule
+    from datamodules.embedded.captioned_scenes import CaptionedScenesDataModule
     from datamodules.embedded.digits import DigitsDataModule
     from datamodules.embedded.scenes import ScenesDataModule
     from datamodules.image_folder import ImageFolderDataModule
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 _MODULES = {
     "CIFAR10DataModule": "datamodules.cifar",
     "CIFAR100DataModule": "datamodules.cifar",
+    "COCOCaptionsDataModule": "datamodules.captions",
     "COCODataModule": "datamodules.coco",
+    "CaptionedScenesDataModule": "datamodules.embedded.captioned_scenes",
     "DigitsDataModule": "datamodules.embedded.digits",
     "FashionMNISTDataModule": "datamodules.mnist",
     "ImageFolderDataModule": "datamodules.image_folder",
@@ -28,7 +32,9 @@ _MODULES = {
 __all__ = [
     "CIFAR10DataModule",
     "CIFAR100DataModule",
+    "COCOCaptionsDataModule",
     "COCODataModule",
+    "CaptionedScenesDataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "ImageFolderDataModule",

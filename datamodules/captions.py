@@ -34,6 +34,7 @@ from datamodules.caption_files import (
     read_token_file,
     vocabulary,
 )
+from datamodules.coco import Files
 from datamodules.detection import CACHE_BYTES, Split
 from datamodules.pictures import Picture, resize
 from datamodules.reading import SKIP, Ahead, KeptPictures, data_loader, processors, read_each, some
@@ -147,16 +148,9 @@ class COCOCaptionsDataModule(LightningDataModule):
         jsons: dict[Split, str | None] = {"train": train_json, "val": val_json, "test": test_json}
         folders: dict[Split, str | None] = {"train": train_images, "val": val_images, "test": test_images}
         lists: dict[Split, str | None] = {"train": train_list, "val": val_list, "test": test_list}
-        self.files = find_files(self.root, jsons, folders, captions)
-        self.images = existing(self.root, images, "images", folder=True)
+        self.files: dict[Split, Files] | Path
         self.lists: dict[Split, Path] = {}
-        if isinstance(self.files, dict):
-            _refuse_unused({"images": images, **_arguments("list", lists)}, self.files["train"].annotations)
-        elif self.files.suffix == ".json":
-            _refuse_unused(_arguments("images", folders) | _arguments("list", lists), self.files)
-        else:
-            _refuse_unused(_arguments("images", folders), self.files)
-            self.lists = find_lists(self.root, self.files, lists)
+        self._find(jsons, folders, lists, captions, images)
         self.train_set: CaptionedPictures | None = None
         self.val_set: CaptionedPictures | None = None
         self.test_set: CaptionedPictures | None = None
@@ -164,6 +158,25 @@ class COCOCaptionsDataModule(LightningDataModule):
         self._parts: dict[Split, CaptionedPictures] = {}  # likewise, of the training pictures
         self._findings: dict[Split, Findings] = {}
         self._split = ""
+
+    def _find(
+        self,
+        jsons: dict[Split, str | None],
+        folders: dict[Split, str | None],
+        lists: dict[Split, str | None],
+        captions: str | None,
+        images: str | None,
+    ) -> None:
+        """Set ``files``, ``images`` and ``lists``; what writes its files itself says here where they will be."""
+        self.files = find_files(self.root, jsons, folders, captions)
+        self.images = existing(self.root, images, "images", folder=True)
+        if isinstance(self.files, dict):
+            _refuse_unused({"images": images, **_arguments("list", lists)}, self.files["train"].annotations)
+        elif self.files.suffix == ".json":
+            _refuse_unused(_arguments("images", folders) | _arguments("list", lists), self.files)
+        else:
+            _refuse_unused(_arguments("images", folders), self.files)
+            self.lists = find_lists(self.root, self.files, lists)
 
     @property
     def words(self) -> list[str]:

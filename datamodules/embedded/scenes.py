@@ -5,32 +5,23 @@ out of the picture), stick figures have keypoints, every picture has two caption
 are empty, and in some a heap of circles is one annotation, a crowd.
 """
 
-import io
-import json
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image
 
 from datamodules.annotations import AnnotatedPictures, Findings
 from datamodules.coco import Category, Files, read_coco
 from datamodules.detection import DetectionDataModule, Split
+from datamodules.embedded.drawing import COLOURS, KINDS, Placed, Shape, draw_ground, paint, place, polygon
+from datamodules.embedded.writing import encoded, whole_folder, write_json
 
 VERSION = 1  # of the pictures; another one makes another folder
-KINDS = {1: "circle", 3: "square", 4: "triangle", 7: "star", 9: "person"}  # with gaps, as COCO's ids have them
 PERSON = 9
 KEYPOINTS = ["head", "neck", "left_hand", "right_hand", "hip", "left_foot", "right_foot"]
 SKELETON = [[1, 2], [2, 3], [2, 4], [2, 5], [5, 6], [5, 7]]  # counted from 1, as in COCO's files
-COLOURS = {
-    "red": (205, 45, 40), "orange": (235, 130, 25), "yellow": (232, 210, 50), "green": (50, 160, 60),
-    "blue": (45, 90, 205), "purple": (145, 60, 175),
-}  # fmt: skip
-GROUNDS = {"grey": (125, 128, 132), "brown": (138, 116, 96), "olive": (112, 122, 98)}
 SPLITS = ("train", "val", "test")
 
 
@@ -151,18 +142,11 @@ def write_scenes(folder: Path, sizes: dict[str, int], image_size: int = 128, see
         image_size: Side of the pictures in pixels.
         seed: Scenes are the same for the same seed, size and split; fewer are the first of more.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".scenes-") as partial:
-        whole = Path(partial) / "scenes"
-        (whole / "annotations").mkdir(parents=True)
+    with whole_folder(folder, "annotations") as whole:
+        (whole / "annotations").mkdir()
         for split, count in sizes.items():
             if count:
                 _write_split(whole, split, count, image_size, seed)
-        try:
-            os.rename(whole, folder)
-        except OSError:
-            if not (folder / "annotations").is_dir():  # else another process was sooner
-                raise
 
 
 def _write_split(folder: Path, split: str, count: int, image_size: int, seed: int) -> None:
@@ -174,7 +158,7 @@ def _write_split(folder: Path, split: str, count: int, image_size: int, seed: in
         scene = make_scene(image_size, i, np.random.default_rng([seed, SPLITS.index(split), i]))
         number = 1000 * (SPLITS.index(split) + 1) + 7 * i  # no one should count on ids that count
         name = f"{number:08d}.{'png' if i % 4 == 3 else 'jpg'}"
-        (folder / split / name).write_bytes(_encoded(scene.pixels, name))
+        (folder / split / name).write_bytes(encoded(scene.pixels, name, 92))
         images.append({"id": number, "file_name": name, "height": image_size, "width": image_size})
         for found in scene.objects:
             objects.append({"id": len(objects) + 1, "image_id": number} | found)
@@ -185,12 +169,6 @@ def _write_split(folder: Path, split: str, count: int, image_size: int, seed: in
     _write_json(folder, f"instances_{split}", images, plain, _categories(list(KINDS)))
     _write_json(folder, f"person_keypoints_{split}", images, people, _categories([PERSON], keypoints=True))
     _write_json(folder, f"captions_{split}", images, captions, None)
-
-
-def _encoded(pixels: np.ndarray, name: str) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG" if name.endswith("png") else "JPEG", quality=92, compress_level=1)
-    return file.getvalue()
 
 
 def _categories(numbers: list[int], keypoints: bool = False) -> list[dict[str, Any]]:
@@ -207,10 +185,9 @@ def _write_json(
     annotations: list[dict[str, Any]],
     categories: list[dict[str, Any]] | None,
 ) -> None:
-    content: dict[str, Any] = {"info": {"description": "Generated scenes of shapes", "version": str(VERSION)}}
-    content |= {"licenses": [], "images": images, "annotations": annotations}
+    content: dict[str, Any] = {"images": images, "annotations": annotations}
     content |= {} if categories is None else {"categories": categories}
-    (folder / "annotations" / f"{name}.json").write_text(json.dumps(content))
+    write_json(folder / "annotations" / f"{name}.json", "Generated scenes of shapes", VERSION, content)
 
 
 # Scenes
@@ -224,46 +201,17 @@ class Scene(NamedTuple):
     captions: list[str]
 
 
-class Shape(NamedTuple):
-    """A shape in a picture.
-
-    Attributes:
-        kind: Its category id.
-        outlines: Polygons (V, 2) in pixels, which together cover it; edges of the picture are at 0 and at its side.
-        points: Its keypoints (K, 2), if it is a person.
-        centre: x, y.
-        radius: Of a circle around it.
-        colour: Its name.
-        crowd: Whether it is a heap.
-    """
-
-    kind: int
-    outlines: list[np.ndarray]
-    points: np.ndarray | None
-    centre: tuple[float, float]
-    radius: float
-    colour: str
-    crowd: bool = False
-
-
-class Placed(NamedTuple):
-    """A shape and how deep in it each pixel lies (H, W), negative outside, in pixels."""
-
-    shape: Shape
-    depth: np.ndarray
-
-
 def make_scene(side: int, index: int, rng: np.random.Generator) -> Scene:
     """Draw scene number ``index`` of a split: each 25th is empty, each 50th has a crowd."""
-    pixels, ground = _ground(side, rng)
+    pixels, ground = draw_ground(side, rng)
     placed: list[Placed] = []
     if index % 50 == 3:
-        placed.append(_placed(_heap(side, rng), side))
+        placed.append(place(_heap(side, rng), side))
     if index % 25 != 7:
         for _ in range(int(rng.choice([1, 2, 3, 4, 5], p=[0.2, 0.3, 0.25, 0.15, 0.1]))):
             _add(placed, side, rng)
     for one in placed:
-        _paint(pixels, one, rng)
+        paint(pixels, one, rng)
     pixels += 4 * rng.standard_normal(pixels.shape, dtype=np.float32)  # a sensor's noise
     visible = _visible([one.depth > 0 for one in placed])
     objects = [_annotation(one, mask) for one, mask in zip(placed, visible, strict=True)]
@@ -273,7 +221,7 @@ def make_scene(side: int, index: int, rng: np.random.Generator) -> Scene:
 def _add(placed: list[Placed], side: int, rng: np.random.Generator) -> None:
     """Place one more shape, before the others, where it leaves enough of each to be seen; none after 20 tries."""
     for _ in range(20):
-        one = _placed(_random_shape(side, rng), side)
+        one = place(_random_shape(side, rng), side)
         masks = [other.depth > 0 for other in [*placed, one]]
         left = [mask.sum() / max(1, whole.sum()) for mask, whole in zip(_visible(masks), masks, strict=True)]
         if masks[-1].sum() >= max(24, 0.5 * _whole_area(one.shape)) and min(left) >= 0.5:
@@ -298,15 +246,7 @@ def _random_shape(side: int, rng: np.random.Generator) -> Shape:
     if kind == PERSON:
         outlines, points = _person(x, y, radius, rng)
         return Shape(kind, outlines, points, (x, y), 1.25 * radius, colour)
-    return Shape(kind, [_outline(kind, x, y, radius, rng.uniform(0, 2 * math.pi))], None, (x, y), radius, colour)
-
-
-def _outline(kind: int, x: float, y: float, radius: float, turn: float) -> np.ndarray:
-    """The corners (V, 2) of a shape; a circle has 32."""
-    corners = {"circle": 32, "square": 4, "triangle": 3, "star": 10}[KINDS[kind]]
-    angles = turn + 2 * math.pi * np.arange(corners) / corners
-    lengths = np.where(np.arange(corners) % 2, 0.45, 1.0) if KINDS[kind] == "star" else np.ones(corners)
-    return np.stack([x + radius * lengths * np.cos(angles), y + radius * lengths * np.sin(angles)], axis=1)
+    return Shape(kind, [polygon(kind, x, y, radius, rng.uniform(0, 2 * math.pi))], None, (x, y), radius, colour)
 
 
 def _person(x: float, y: float, radius: float, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
@@ -320,7 +260,7 @@ def _person(x: float, y: float, radius: float, rng: np.random.Generator) -> tupl
     turn = np.array([[math.cos(lean), -math.sin(lean)], [math.sin(lean), math.cos(lean)]])
     points = np.array([x, y]) + radius * points @ turn.T
     limbs = [_limb(points[a - 1], points[b - 1], max(1.3, 0.1 * radius)) for a, b in SKELETON[1:]]
-    return [_outline(1, points[0, 0], points[0, 1], 0.27 * radius, 0.0), *limbs], points
+    return [polygon(1, points[0, 0], points[0, 1], 0.27 * radius, 0.0), *limbs], points
 
 
 def _limb(first: np.ndarray, second: np.ndarray, half: float) -> np.ndarray:
@@ -334,7 +274,7 @@ def _heap(side: int, rng: np.random.Generator) -> Shape:
     """Many small circles close to each other."""
     x, y = rng.uniform(0.25 * side, 0.75 * side, 2)
     places = np.array([x, y]) + rng.normal(0, 0.08 * side, (12, 2)).clip(-0.2 * side, 0.2 * side)
-    circles = [_outline(1, place[0], place[1], 0.05 * side, 0.0) for place in places]
+    circles = [polygon(1, x, y, 0.05 * side, 0.0) for x, y in places]
     return Shape(1, circles, None, (x, y), 0.35 * side, str(rng.choice(list(COLOURS))), crowd=True)
 
 
@@ -344,123 +284,6 @@ def _whole_area(shape: Shape) -> float:
     for x, y in (outline.T for outline in shape.outlines):
         areas.append(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
     return float(sum(areas))
-
-
-def _window(corners: np.ndarray, side: int, margin: float = 3.0) -> tuple[slice, slice]:
-    """Rows and columns of the picture around points (V, 2)."""
-    low = np.clip(np.floor(corners.min(0) - margin), 0, side).astype(int)
-    high = np.clip(np.ceil(corners.max(0) + margin), 0, side).astype(int)
-    return slice(low[1], high[1]), slice(low[0], high[0])
-
-
-def _centres(window: tuple[slice, slice]) -> tuple[np.ndarray, np.ndarray]:
-    """Of the centres of pixels, y (H, 1) and x (1, W)."""
-    rows, columns = (np.arange(part.start, part.stop, dtype=np.float32) + np.float32(0.5) for part in window)
-    return rows[:, None], columns[None]
-
-
-def _placed(shape: Shape, side: int) -> Placed:
-    depth = np.full((side, side), -side, dtype=np.float32)
-    for outline in shape.outlines:
-        window = _window(outline, side)
-        y, x = _centres(window)
-        convex = len(outline) < 10 or shape.kind != 7
-        found = (_depth_in_convex if convex else _depth)(outline.astype(np.float32), x, y)
-        depth[window] = np.maximum(depth[window], found)
-    return Placed(shape, depth)
-
-
-def _depth_in_convex(outline: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The distance of points to the nearest edge, as a line, of a convex polygon whose corners go from x to y."""
-    if len(outline) > 16:  # a circle
-        centre = outline.mean(0)
-        return np.hypot(*(outline[0] - centre)) - np.hypot(x - centre[0], y - centre[1])
-    depth = np.full((y.shape[0], x.shape[1]), np.inf, dtype=np.float32)
-    for (ax, ay), (bx, by) in zip(outline, np.roll(outline, -1, axis=0), strict=True):
-        ex, ey = np.array([bx - ax, by - ay]) / np.hypot(bx - ax, by - ay)
-        depth = np.minimum(depth, (ex * y + (ey * ax - ex * ay)) - ey * x)
-    return depth
-
-
-def _depth(outline: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The distance of points to a polygon's edges, negative outside of it."""
-    nearest = np.full((y.shape[0], x.shape[1]), np.inf, dtype=np.float32)
-    inside = np.zeros(nearest.shape, dtype=bool)
-    for (ax, ay), (bx, by) in zip(outline, np.roll(outline, -1, axis=0), strict=True):
-        ex, ey, wx, wy = bx - ax, by - ay, x - ax, y - ay
-        along = ((wx * ex + wy * ey) / (ex * ex + ey * ey)).clip(0, 1)
-        nearest = np.minimum(nearest, (wx - along * ex) ** 2 + (wy - along * ey) ** 2)
-        crossed = (ay <= y) != (by <= y)  # by a line to the right, if the edge is there
-        inside ^= crossed & (wx * ey < wy * ex if ey > 0 else wx * ey > wy * ex)
-    return np.where(inside, np.float32(1), np.float32(-1)) * np.sqrt(nearest)
-
-
-# Painting
-
-
-def _ground(side: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """A cloudy ground with strokes and rings on it, float32 (side, side, 3) in about [0, 255], and its colour."""
-    name = str(rng.choice(list(GROUNDS)))
-    clouds = sum(
-        _clouds((side, side), cells, rng) * np.float32(weight) for cells, weight in ((3, 40), (8, 22), (24, 12))
-    )
-    ground = clouds[..., None] + (np.array(GROUNDS[name]) + rng.uniform(-25, 25)).astype(np.float32)
-    for _ in range(int(rng.integers(5, 11))):
-        tone = (rng.uniform(-45, 45) + rng.normal(0, 8, 3)).astype(np.float32)
-        first, second = rng.uniform(0, side, (2, 2)).astype(np.float32)
-        ring = rng.random() < 0.4
-        radius = np.float32(rng.uniform(0.04, 0.12) * side)
-        window = _window(np.array([first - radius, first + radius] if ring else [first, second]), side)
-        y, x = _centres(window)
-        away = abs(np.hypot(x - first[0], y - first[1]) - radius) if ring else _from_stroke(x, y, first, second)
-        ground[window] += (np.float32(rng.uniform(1.2, 2.5)) - away).clip(0, 1)[..., None] * tone
-    return ground, name
-
-
-def _from_stroke(x: np.ndarray, y: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """How far points are from the line between two others."""
-    (ex, ey), wx, wy = second - first, x - first[0], y - first[1]
-    along = ((wx * ex + wy * ey) / (ex * ex + ey * ey + np.float32(1e-6))).clip(0, 1)
-    return np.hypot(wx - along * ex, wy - along * ey)
-
-
-def _clouds(shape: tuple[int, ...], cells: int, rng: np.random.Generator) -> np.ndarray:
-    """Smooth noise, float32, in about [-1, 1]."""
-    small = Image.fromarray(rng.uniform(-1, 1, (cells, cells)).astype(np.float32))
-    return np.asarray(small.resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
-
-
-def _paint(pixels: np.ndarray, one: Placed, rng: np.random.Generator) -> None:
-    """Draw a shape on a picture, and its shadow beside it."""
-    side = len(pixels)
-    shift = max(1, side // 50)
-    window = _window(np.concatenate(one.shape.outlines), side, 6 + shift)
-    depth = one.depth[window]
-    shadow = np.zeros_like(depth)
-    shadow[shift:, shift:] = ((depth[:-shift, :-shift] + 2.5) / 5).clip(0, 1) * np.float32(0.35)
-    alpha = (depth + 0.5).clip(0, 1)
-    light = np.linspace(1.12, 0.82, side, dtype=np.float32)[window[0], None]
-    edge = 1 - np.float32(0.45) * ((1 - depth / 1.5).clip(0, 1) * (depth > 0))
-    colour = (np.array(COLOURS[one.shape.colour]) + rng.normal(0, 12, 3)).astype(np.float32)
-    surface = alpha * _texture(one.shape, depth.shape, rng) * light * edge
-    pixels[window] *= ((1 - shadow) * (1 - alpha))[..., None]
-    pixels[window] += surface[..., None] * colour
-
-
-def _texture(shape: Shape, size: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """How bright a shape's surface is, about 1: plain, striped, chequered, dotted or cloudy."""
-    kind = int(rng.integers(5))
-    turn, period = rng.uniform(0, math.pi), max(3.0, shape.radius * rng.uniform(0.3, 0.6))
-    y, x = np.ogrid[: size[0], : size[1]]
-    across, along = (np.float32(2 * math.pi / period * part) for part in (math.cos(turn), math.sin(turn)))
-    u, v = x * across + y * along, y * across - x * along
-    if kind == 1:
-        return 1 + np.float32(0.28) * np.sign(np.sin(u))
-    if kind == 2:
-        return 1 + np.float32(0.25) * np.sign(np.sin(u) * np.sin(v))
-    if kind == 3:
-        return np.float32(0.9) + np.float32(0.35) * (np.cos(u) + np.cos(v) > 0.8)
-    return 1 + np.float32(0.35) * _clouds(size, max(3, min(size) // 5), rng) if kind == 4 else np.ones(size, np.float32)
 
 
 # Annotations
