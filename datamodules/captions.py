@@ -5,7 +5,6 @@ alone, neither from the number of workers nor from where a run was interrupted.
 """
 
 import hashlib
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -37,8 +36,15 @@ from datamodules.caption_files import (
 from datamodules.coco import Files
 from datamodules.detection import CACHE_BYTES, Split
 from datamodules.pictures import Picture, resize
-from datamodules.reading import SKIP, Ahead, KeptPictures, data_loader, processors, read_each, some
-from datamodules.sampling import EvaluationBatches, TensorLoader, TrainingBatches
+from datamodules.reading import (
+    AheadLoader,
+    KeptPictures,
+    problems_of_all,
+    processors,
+    read_each,
+    warn_of_unreadable,
+)
+from datamodules.sampling import EvaluationBatches, TrainingBatches, split_at_random, training_batches
 
 
 class COCOCaptionsDataModule(LightningDataModule):
@@ -219,13 +225,7 @@ class COCOCaptionsDataModule(LightningDataModule):
     def train_dataloader(self) -> "CaptionLoader":
         """Shuffled training batches; the order follows the run's seed, and is fixed under ``overfit_batches``."""
         pictures = _set_up(self.train_set)
-        # Without seed_everything each process has a seed of its own, and their shares would overlap: take rank 0's.
-        seed = torch.initial_seed() % 2**63
-        seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
-        shuffle = self.trainer is None or not self.trainer.overfit_batches  # type: ignore[attr-defined]
-        rank, world_size = self._place()
-        total = len(pictures.tokens)
-        batches = TrainingBatches(total, self.batch_size, seed, shuffle, rank, world_size, split=self._split)
+        batches = training_batches(self.trainer, len(pictures.tokens), self.batch_size, self._split)
         return self._loader(pictures, pictures.samples(), batches, references=False)
 
     def val_dataloader(self) -> "CaptionLoader | list[CaptionLoader]":
@@ -348,15 +348,9 @@ class COCOCaptionsDataModule(LightningDataModule):
         return self._parts[split]
 
     def _split_training(self, pictures: CaptionedPictures) -> dict[Split, CaptionedPictures]:
-        total = len(pictures)
-        order = np.random.default_rng(self.split_seed).permutation(total)
-        sizes = (0 if self._has("val") else self.val_size, 0 if self._has("test") else self.test_size)
-        val, test = (math.ceil(size * total) if size < 1 else int(size) for size in sizes)
-        if total and val + test >= total:
-            raise ValueError(f"val_size={self.val_size} and test_size={self.test_size} leave none of {total} pictures")
-        chosen: dict[Split, np.ndarray]
-        chosen = {"val": order[:val], "test": order[val : val + test], "train": order[val + test :]}
-        return {split: pictures.take(np.sort(indices)) for split, indices in chosen.items()}
+        val, test = (0 if self._has("val") else self.val_size, 0 if self._has("test") else self.test_size)
+        parts = split_at_random(len(pictures), val, test, self.split_seed)
+        return {split: pictures.take(chosen) for split, chosen in parts.items()}
 
     # Pictures
 
@@ -377,28 +371,14 @@ class COCOCaptionsDataModule(LightningDataModule):
         mine = range(len(pictures)) if cache else range(rank, len(pictures), world_size)
         reader = Squares(pictures.folder, pictures.names, self.size if cache else 0)
         problems, kept = read_each(reader.read, len(pictures), mine, cache, self.workers if len(mine) > 200 else 0)
-        if world_size > 1:
-            everyone: list[Any] = [None] * world_size
-            torch.distributed.all_gather_object(everyone, problems)
-            problems = dict(sorted(item for share in everyone for item in share.items()))
-        if problems and self.corrupt == "refuse":
-            raise ValueError(next(iter(problems.values())) + SKIP)
+        problems = problems_of_all(problems, world_size, self.corrupt == "refuse")
         good = np.delete(np.arange(len(pictures)), list(problems))
-        remaining = self._without(pictures, good, list(problems.values()), split)
+        for problem in problems.values():
+            self._findings[split].note("pictures that cannot be read", problem)
+        warn_of_unreadable(list(problems.values()), len(pictures), split)
+        remaining = pictures.take(good)
         remaining.images = None if kept is None else stacked(kept, good, self.size)
         return remaining
-
-    def _without(
-        self, pictures: CaptionedPictures, good: np.ndarray, problems: list[str], split: Split
-    ) -> CaptionedPictures:
-        for problem in problems:
-            self._findings[split].note("pictures that cannot be read", problem)
-        message = f"{len(problems)} of {len(pictures)} pictures of split {split} cannot be read"
-        if len(problems) > len(pictures) / 2:
-            raise ValueError(f"{message}: {some(problems)}. Those are too many to leave out")
-        if problems:
-            rank_zero_warn(f"{message}, and are left out: {some(problems)}")
-        return pictures.take(good)
 
     def _evaluation_loader(self, pictures: CaptionedPictures | None) -> "CaptionLoader":
         pictures = _set_up(pictures)
@@ -492,7 +472,7 @@ def stacked(kept: KeptPictures, chosen: np.ndarray, size: int) -> Tensor:
     return images
 
 
-class CaptionLoader(TensorLoader):
+class CaptionLoader(AheadLoader):
     """Batches ``(images, tokens)``, with ``references`` in evaluation.
 
     Args:
@@ -515,36 +495,19 @@ class CaptionLoader(TensorLoader):
         workers: int,
         pin_memory: bool = False,
     ) -> None:
-        super().__init__(samples, batch_sampler)
+        squares = Squares(pictures.folder, pictures.names, size, samples[0].numpy())
+        reader = squares if pictures.images is None else None
+        super().__init__(samples, batch_sampler, reader, workers, pin_memory)
         self.pictures = pictures
         self.references = references
-        squares = Squares(pictures.folder, pictures.names, size, samples[0].numpy())
-        reads = pictures.images is None
-        self._reader = data_loader(squares, Ahead(batch_sampler), workers, pin_memory) if reads else None
-
-    @property
-    def _iterator(self) -> Any:
-        """Where Lightning looks for the workers when a run is over, however it ended, to shut them down."""
-        return None if self._reader is None else self._reader._iterator
-
-    @_iterator.setter
-    def _iterator(self, iterator: Any) -> None:
-        if self._reader is not None:
-            self._reader._iterator = iterator
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        if self.pictures.images is not None:
-            for rows, tokens in super().__iter__():
-                yield self._batch(self.pictures.images[rows], rows, tokens)
+        if self.pictures.images is None:
+            for images, (rows, tokens) in self.read():
+                yield self._batch(images, rows, tokens)
             return
-        # Both begin at the same place, since a generator does nothing before its first batch is taken.
-        for images, (rows, tokens) in zip(self._reader, super().__iter__(), strict=True):  # type: ignore[arg-type]
-            if isinstance(images, Exception):
-                try:
-                    raise ValueError(f"{images}{SKIP}") if isinstance(images, ValueError) else images
-                finally:
-                    del images  # its traceback leads to this frame: as a cycle it would keep the workers alive
-            yield self._batch(images, rows, tokens)
+        for rows, tokens in super().__iter__():
+            yield self._batch(self.pictures.images[rows], rows, tokens)
 
     def _batch(self, images: Tensor, rows: Tensor, tokens: Tensor) -> tuple[Any, ...]:
         if not self.references:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -28,8 +28,8 @@ from datamodules.picture_augmentation import (
     swapped_keypoints,
 )
 from datamodules.pictures import resize
-from datamodules.reading import SKIP, Ahead, data_loader, processors, read_each, some
-from datamodules.sampling import EvaluationBatches, TensorLoader, TrainingBatches
+from datamodules.reading import AheadLoader, problems_of_all, processors, read_each, warn_of_unreadable
+from datamodules.sampling import EvaluationBatches, TrainingBatches, split_at_random, training_batches
 
 Split = Literal["train", "val", "test"]
 Batch = tuple[list[Tensor], list[Target]]
@@ -166,12 +166,7 @@ class DetectionDataModule(LightningDataModule):
     def train_dataloader(self) -> "DetectionLoader":
         """Shuffled training batches; the order follows the run's seed, and is fixed under ``overfit_batches``."""
         pictures = _ready(self.train_set)
-        # Without seed_everything each process has a seed of its own, and their shares would overlap: take rank 0's.
-        seed = torch.initial_seed() % 2**63
-        seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
-        shuffle = self.trainer is None or not self.trainer.overfit_batches  # type: ignore[attr-defined]
-        rank, world_size = self._place()
-        batches = TrainingBatches(len(pictures), self.batch_size, seed, shuffle, rank, world_size, split=self._split)
+        batches = training_batches(self.trainer, len(pictures), self.batch_size, self._split)
         swaps = swapped_keypoints(self.keypoint_names) if self.keypoints else []
         augmentation = Augmentation(self.flip, swaps, self.iou_crop, self.scale_jitter)
         return self._loader(Samples(pictures, self.size, self.masks, self.keypoints, augmentation), batches)
@@ -258,14 +253,10 @@ class DetectionDataModule(LightningDataModule):
         return self.read(split, findings)
 
     def _split_training(self, pictures: "AnnotatedPictures") -> dict[str, "AnnotatedPictures"]:
-        total = len(pictures)
-        order = np.random.default_rng(self.split_seed).permutation(total)
-        val = 0 if "val" in self.own_splits else _number(self.val_size, total)
-        test = 0 if "test" in self.own_splits else _number(self.test_size, total)
-        if total and val + test >= total:
-            raise ValueError(f"val_size={self.val_size} and test_size={self.test_size} leave none of {total} pictures")
-        parts = {"val": order[:val], "test": order[val : val + test], "train": order[val + test :]}
-        return {name: pictures.take(np.sort(chosen)) for name, chosen in parts.items()}
+        val = 0 if "val" in self.own_splits else self.val_size
+        test = 0 if "test" in self.own_splits else self.test_size
+        parts = split_at_random(len(pictures), val, test, self.split_seed)
+        return {name: pictures.take(chosen) for name, chosen in parts.items()}
 
     def _prepare(self, split: Split) -> "AnnotatedPictures":
         """The pictures of a split; read once where that is asked for, without those that cannot be read."""
@@ -289,12 +280,7 @@ class DetectionDataModule(LightningDataModule):
         size = None if split == "train" and (self.iou_crop or self.scale_jitter) else self.size
         reader = WholeReader(pictures, size, cache)
         problems, kept = read_each(reader, len(pictures), mine, cache, self.workers if len(mine) > 200 else 0)
-        if world_size > 1:
-            everyone: list[Any] = [None] * world_size
-            torch.distributed.all_gather_object(everyone, problems)
-            problems = dict(sorted(item for share in everyone for item in share.items()))
-        if problems and self.corrupt == "refuse":
-            raise ValueError(next(iter(problems.values())) + SKIP)
+        problems = problems_of_all(problems, world_size, self.corrupt == "refuse")
         pictures.kept = kept
         return self._without(pictures, problems, split)
 
@@ -304,10 +290,7 @@ class DetectionDataModule(LightningDataModule):
         findings = self._findings.setdefault(split, Findings(True))
         for problem in problems.values():
             findings.note("pictures that cannot be read", problem)
-        message = f"{len(problems)} of {len(pictures)} pictures of split {split} cannot be read"
-        if len(problems) > len(pictures) / 2:
-            raise ValueError(f"{message}: {some(list(problems.values()))}. Those are too many to leave out")
-        rank_zero_warn(f"{message}, and are left out: {some(list(problems.values()))}")
+        warn_of_unreadable(list(problems.values()), len(pictures), split)
         return pictures.take(np.delete(np.arange(len(pictures)), list(problems)))
 
     def _evaluation_loader(self, pictures: "AnnotatedPictures | None") -> "DetectionLoader":
@@ -324,11 +307,6 @@ def _ready(value: Any) -> Any:
     if value is None:
         raise RuntimeError("call the data module's setup() before asking for its batches")
     return value
-
-
-def _number(size: int | float, total: int) -> int:
-    """How many of ``total`` pictures a size means: a number, or below 1 a share, rounded up."""
-    return int(-(-size * total // 1)) if size < 1 else int(size)
 
 
 def _is_batch(batch: Any) -> bool:
@@ -466,7 +444,7 @@ def _parts(key: str, field: Tensor, counts: list[int], areas: list[int]) -> tupl
     return field.split(counts)
 
 
-class DetectionLoader(TensorLoader):
+class DetectionLoader(AheadLoader):
     """Batches ``(images, targets)``, read ahead by worker processes; images uint8 (3, H, W).
 
     Args:
@@ -483,24 +461,8 @@ class DetectionLoader(TensorLoader):
         workers: int,
         pin_memory: bool = False,
     ) -> None:
-        super().__init__((torch.arange(len(samples.pictures)),), batch_sampler)
-        self._batches = data_loader(samples, Ahead(batch_sampler), workers, pin_memory)
-
-    @property
-    def _iterator(self) -> Any:
-        """Where Lightning looks for the workers when a run is over, however it ended, to shut them down."""
-        return self._batches._iterator
-
-    @_iterator.setter
-    def _iterator(self, iterator: Any) -> None:
-        self._batches._iterator = iterator
+        super().__init__((torch.arange(len(samples.pictures)),), batch_sampler, samples, workers, pin_memory)
 
     def __iter__(self) -> Iterator[Any]:
-        # Both begin at the same place, since a generator does nothing before its first batch is taken.
-        for packed, _ in zip(self._batches, super().__iter__(), strict=True):
-            if isinstance(packed, Exception):
-                try:
-                    raise ValueError(f"{packed}{SKIP}") if isinstance(packed, ValueError) else packed
-                finally:
-                    del packed  # its traceback leads to this frame: as a cycle it would keep the workers alive
+        for packed, _ in self.read():
             yield unpack(packed)

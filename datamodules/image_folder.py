@@ -21,8 +21,8 @@ from torch import Tensor
 
 from datamodules.augmentation import BatchAugmentation
 from datamodules.pictures import read_image
-from datamodules.reading import SKIP, Crops, PictureLoader, PictureSet, processors, read_all, some
-from datamodules.sampling import EvaluationBatches, TrainingBatches
+from datamodules.reading import Crops, PictureLoader, PictureSet, problems_of_all, processors, read_all, some
+from datamodules.sampling import EvaluationBatches, TrainingBatches, training_batches
 
 __all__ = ["ImageFolderDataModule", "read_image"]
 
@@ -134,12 +134,7 @@ class ImageFolderDataModule(LightningDataModule):
     def train_dataloader(self) -> PictureLoader:
         """Shuffled training batches; the order follows the run's seed, and is fixed under ``overfit_batches``."""
         pictures = _ready(self.train_set)
-        # Without seed_everything each process has a seed of its own, and their shares would overlap: take rank 0's.
-        seed = torch.initial_seed() % 2**63
-        seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
-        shuffle = self.trainer is None or not self.trainer.overfit_batches  # type: ignore[attr-defined]
-        rank, world_size = self._place()
-        batches = TrainingBatches(len(pictures), self.batch_size, seed, shuffle, rank, world_size, split=self._split)
+        batches = training_batches(self.trainer, len(pictures), self.batch_size, self._split)
         return self._loader(pictures, batches, self.crop_scale)
 
     def val_dataloader(self) -> PictureLoader | list[PictureLoader]:
@@ -235,12 +230,7 @@ class ImageFolderDataModule(LightningDataModule):
         rank, world_size = self._place()
         mine = range(len(pictures)) if self.cache else range(rank, len(pictures), world_size)
         problems, kept = read_all(pictures, mine, self.resize_size if self.cache else None, self.workers)
-        if world_size > 1:
-            everyone: list[Any] = [None] * world_size
-            torch.distributed.all_gather_object(everyone, problems)
-            problems = dict(sorted(item for share in everyone for item in share.items()))
-        if problems and self.corrupt == "refuse":
-            raise ValueError(next(iter(problems.values())) + SKIP)
+        problems = problems_of_all(problems, world_size, self.corrupt == "refuse")
         pictures.kept = kept
         return self._without(pictures, problems, split)
 

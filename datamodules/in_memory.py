@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datamodules.augmentation import BatchAugmentation
-from datamodules.sampling import EvaluationBatches, TensorLoader, TrainingBatches
+from datamodules.sampling import EvaluationBatches, TensorLoader, training_batches
 
 
 class InMemoryDataModule(LightningDataModule):
@@ -114,19 +114,7 @@ class InMemoryDataModule(LightningDataModule):
     def train_dataloader(self) -> TensorLoader:
         """Shuffled training batches; the order follows the run's seed, and is fixed under ``overfit_batches``."""
         tensors = self._on_device(self.train_set)
-        # Without seed_everything each process has a seed of its own, and their shares would overlap: take rank 0's.
-        seed = torch.initial_seed() % 2**63
-        seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
-        batches = TrainingBatches(
-            len(tensors[1]),
-            self.batch_size,
-            seed,
-            shuffle=self.trainer is None or not self.trainer.overfit_batches,  # type: ignore[attr-defined]
-            rank=0 if self.trainer is None else self.trainer.global_rank,
-            world_size=1 if self.trainer is None else self.trainer.world_size,
-            device=tensors[1].device,
-            split=self._split,
-        )
+        batches = training_batches(self.trainer, len(tensors[1]), self.batch_size, self._split, tensors[1].device)
         return TensorLoader(tensors, batches)
 
     def val_dataloader(self) -> TensorLoader | list[TensorLoader]:

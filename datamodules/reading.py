@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -225,7 +225,85 @@ def read_each(
     return problems, KeptPictures(kept, places) if keep else None
 
 
-class PictureLoader(TensorLoader):
+def problems_of_all(problems: dict[int, str], world_size: int, refuse: bool) -> dict[int, str]:
+    """What is wrong with pictures, by index, as all processes found it together.
+
+    Raises:
+        ValueError: There is something, and ``refuse``.
+    """
+    if world_size > 1:
+        everyone: list[Any] = [None] * world_size
+        torch.distributed.all_gather_object(everyone, problems)
+        problems = dict(sorted(item for share in everyone for item in share.items()))
+    if problems and refuse:
+        raise ValueError(next(iter(problems.values())) + SKIP)
+    return problems
+
+
+def warn_of_unreadable(problems: list[str], total: int, split: str) -> None:
+    """Say which of the pictures of a split are left out.
+
+    Raises:
+        ValueError: They are more than half.
+    """
+    message = f"{len(problems)} of {total} pictures of split {split} cannot be read"
+    if len(problems) > total / 2:
+        raise ValueError(f"{message}: {some(problems)}. Those are too many to leave out")
+    if problems:
+        rank_zero_warn(f"{message}, and are left out: {some(problems)}")
+
+
+class AheadLoader(TensorLoader):
+    """Batches of which a part is in memory, and another is read ahead by worker processes.
+
+    Args:
+        tensors: What is in memory, of equal length.
+        batch_sampler: Which rows make a batch; its place is that of the last batch that was handed out.
+        reader: What a worker does: its ``__getitems__`` takes ``(seed, epoch, indices)`` and gives its part of a batch,
+            or its error. None reads nothing.
+        workers: Number of processes; 0 reads in this one.
+        pin_memory: Whether to put what is read where a GPU fetches it fastest.
+    """
+
+    def __init__(
+        self,
+        tensors: tuple[Tensor, ...],
+        batch_sampler: TrainingBatches | EvaluationBatches,
+        reader: Dataset | None,
+        workers: int,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(tensors, batch_sampler)
+        self._reader = None if reader is None else data_loader(reader, Ahead(batch_sampler), workers, pin_memory)
+
+    @property
+    def _iterator(self) -> Any:
+        """Where Lightning looks for the workers when a run is over, however it ended, to shut them down."""
+        return None if self._reader is None else self._reader._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        if self._reader is not None:
+            self._reader._iterator = iterator
+
+    def read(self) -> Iterator[tuple[Any, tuple[Tensor, ...]]]:
+        """What was read of each batch, and its rows of the tensors.
+
+        Raises:
+            ValueError: A picture cannot be read; the message names its file.
+            OSError: A file cannot be read.
+        """
+        # Both begin at the same place, since a generator does nothing before its first batch is taken.
+        for result, rows in zip(self._reader, TensorLoader.__iter__(self), strict=True):  # type: ignore[arg-type]
+            if isinstance(result, Exception):
+                try:
+                    raise ValueError(f"{result}{SKIP}") if isinstance(result, ValueError) else result
+                finally:
+                    del result  # its traceback leads to this frame: as a cycle it would keep the workers alive
+            yield result, rows
+
+
+class PictureLoader(AheadLoader):
     """Batches ``(images, labels)``, uint8 and int64, whose images are read ahead by worker processes.
 
     Args:
@@ -238,26 +316,10 @@ class PictureLoader(TensorLoader):
     def __init__(
         self, crops: Crops, batch_sampler: TrainingBatches | EvaluationBatches, workers: int, pin_memory: bool = False
     ) -> None:
-        super().__init__((torch.from_numpy(crops.pictures.labels),), batch_sampler)
-        self._images = data_loader(crops, Ahead(batch_sampler), workers, pin_memory)
-
-    @property
-    def _iterator(self) -> Any:
-        """Where Lightning looks for the workers when a run is over, however it ended, to shut them down."""
-        return self._images._iterator
-
-    @_iterator.setter
-    def _iterator(self, iterator: Any) -> None:
-        self._images._iterator = iterator
+        super().__init__((torch.from_numpy(crops.pictures.labels),), batch_sampler, crops, workers, pin_memory)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        # Both begin at the same place, since a generator does nothing before its first batch is taken.
-        for images, (labels,) in zip(self._images, super().__iter__(), strict=True):
-            if isinstance(images, Exception):
-                try:
-                    raise ValueError(f"{images}{SKIP}") if isinstance(images, ValueError) else images
-                finally:
-                    del images  # its traceback leads to this frame: as a cycle it would keep the workers alive
+        for images, (labels,) in self.read():
             yield images, labels
 
 

@@ -6,7 +6,7 @@ differ from those of one (https://github.com/pytorch/pytorch/issues/25162). Here
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -147,6 +147,49 @@ class TrainingBatches:
         if not self.shuffle:
             return torch.arange(self.size)
         return torch.from_numpy(np.random.default_rng([self.seed, epoch]).permutation(self.size))
+
+
+def training_batches(
+    trainer: Any, size: int, batch_size: int, split: str, device: torch.device | str = "cpu"
+) -> TrainingBatches:
+    """Batches in the order of the run's seed, for this process; the order is fixed under ``overfit_batches``.
+
+    Args:
+        trainer: Lightning's; None is one process without it.
+        size: Number of samples in the data set.
+        batch_size: Samples of a global batch: all processes together.
+        split: A fingerprint of which samples these are.
+        device: Where the index batches are wanted.
+
+    Raises:
+        ValueError: See :class:`TrainingBatches`.
+    """
+    seed = torch.initial_seed() % 2**63
+    if trainer is None:
+        return TrainingBatches(size, batch_size, seed, device=device, split=split)
+    # Without seed_everything each process has a seed of its own, and their shares would overlap: take rank 0's.
+    seed = trainer.strategy.broadcast(seed)
+    shuffle = not trainer.overfit_batches
+    return TrainingBatches(size, batch_size, seed, shuffle, trainer.global_rank, trainer.world_size, device, split)
+
+
+def split_at_random(
+    total: int, val_size: int | float, test_size: int | float, seed: int
+) -> dict[Literal["train", "val", "test"], np.ndarray]:
+    """Indices of the samples of each split, int64, in order; a size is a number, or below 1 a share, rounded up.
+
+    Raises:
+        ValueError: None are left to train on.
+    """
+    order = np.random.default_rng(seed).permutation(total)
+    val, test = (math.ceil(size * total) if size < 1 else int(size) for size in (val_size, test_size))
+    if total and val + test >= total:
+        raise ValueError(f"val_size={val_size} and test_size={test_size} leave none of {total} pictures")
+    return {
+        "val": np.sort(order[:val]),
+        "test": np.sort(order[val : val + test]),
+        "train": np.sort(order[val + test :]),
+    }
 
 
 class EvaluationBatches:
