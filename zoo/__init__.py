@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zoo.alexnet import AlexNet
+    from zoo.dcgan import DCGAN
     from zoo.deep_conv_net import DeepConvNet
     from zoo.faster_rcnn import FasterRCNN
     from zoo.fully_connected import FullyConnectedNet
+    from zoo.gan import GAN
     from zoo.googlenet import GoogLeNet
     from zoo.keypoint_rcnn import KeypointRCNN
     from zoo.knn import KNearestNeighbors
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from zoo.single_stage import SingleStageDetector
     from zoo.squeezenet import SqueezeNet
     from zoo.two_stage import TwoStageDetector
+    from zoo.vae import VAE
     from zoo.vgg import VGG
     from zoo.weights import load, save
     from zoo.yolov3 import YOLOv3
@@ -31,9 +34,11 @@ __version__ = "0.1.0"
 
 ARCHITECTURES = {
     "AlexNet": "zoo.alexnet",
+    "DCGAN": "zoo.dcgan",
     "DeepConvNet": "zoo.deep_conv_net",
     "FasterRCNN": "zoo.faster_rcnn",
     "FullyConnectedNet": "zoo.fully_connected",
+    "GAN": "zoo.gan",
     "GoogLeNet": "zoo.googlenet",
     "KNearestNeighbors": "zoo.knn",
     "KeypointRCNN": "zoo.keypoint_rcnn",
@@ -45,6 +50,7 @@ ARCHITECTURES = {
     "SingleStageDetector": "zoo.single_stage",
     "SqueezeNet": "zoo.squeezenet",
     "TwoStageDetector": "zoo.two_stage",
+    "VAE": "zoo.vae",
     "VGG": "zoo.vgg",
     "YOLOv3": "zoo.yolov3",
 }
@@ -52,9 +58,11 @@ _FUNCTIONS = {"load": "zoo.weights", "save": "zoo.weights"}
 
 __all__ = [
     "AlexNet",
+    "DCGAN",
     "DeepConvNet",
     "FasterRCNN",
     "FullyConnectedNet",
+    "GAN",
     "GoogLeNet",
     "KNearestNeighbors",
     "KeypointRCNN",
@@ -66,6 +74,7 @@ __all__ = [
     "SingleStageDetector",
     "SqueezeNet",
     "TwoStageDetector",
+    "VAE",
     "VGG",
     "YOLOv3",
     "load",

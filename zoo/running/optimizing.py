@@ -10,6 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, SequentialLR
 
@@ -22,17 +23,21 @@ LENGTHS = ("steps", "T_max", "T_0", "total_iters", "total_steps")  # names of ar
 
 
 def configure_optimizers(
-    module: LightningModule, optimizer: OptimizerCallable, scheduler: SchedulerCallable | None
+    module: LightningModule,
+    optimizer: OptimizerCallable,
+    scheduler: SchedulerCallable | None,
+    part: Module | None = None,
 ) -> OptimizerLRScheduler:
     """Build a module's optimizer over its trainable parameters, and its schedule over the run's steps.
 
-    Under :class:`FreezeBackbone` the backbone has a group of its own, with its share of the rate.
+    Under :class:`FreezeBackbone` the backbone has a group of its own, with its share of the rate. With ``part`` only
+    the parameters of that part are taken, for a module of several optimizers.
 
     Raises:
         ValueError: Optimizer, schedule and trainer do not go together; it says how to mend that.
     """
     trainer = module.trainer
-    built = optimizer(_parameters(module, trainer))
+    built = optimizer(_parameters(module, trainer) if part is None else _trainable(part))
     for group in built.param_groups:
         if (ratio := group.pop("ratio", None)) is not None:
             group["lr"] = group["lr"] * ratio
@@ -57,6 +62,10 @@ def _parameters(module: LightningModule, trainer: Trainer) -> list[Any]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, FreezeBackbone):
             return callback.parameter_groups(module)
+    return _trainable(module)
+
+
+def _trainable(module: Module) -> list[Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
