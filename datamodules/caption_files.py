@@ -104,9 +104,33 @@ class CaptionedPictures:
         return self.folder / os.fsdecode(self.names[index])
 
     def take(self, indices: np.ndarray) -> "CaptionedPictures":
-        """Some of the pictures, without tokens and images."""
+        """Some of the pictures, with their tokens and images if they have any."""
         captions = [self.captions[index] for index in indices.tolist()]
-        return CaptionedPictures(self.folder, self.names[indices], self.numbers[indices], captions)
+        taken = CaptionedPictures(self.folder, self.names[indices], self.numbers[indices], captions)
+        if self.images is not None:
+            taken.images = self.images[torch.from_numpy(indices)]
+        if len(self.tokens):
+            starts = np.cumsum([0, *map(len, self.captions)])
+            rows = np.concatenate([np.arange(starts[index], starts[index + 1]) for index in indices.tolist()])
+            taken.tokens, taken._lengths = self.tokens[torch.from_numpy(rows)], self._lengths[rows]
+        return taken
+
+    def draw(self, count: int, seed: int) -> "CaptionedPictures":
+        """So many of the captions, drawn without replacement, and the pictures that have one of them.
+
+        Raises:
+            ValueError: There are not so many.
+        """
+        places = [(picture, place) for picture, texts in enumerate(self.captions) for place in range(len(texts))]
+        if count > len(places):
+            raise ValueError(f"{count} captions were asked for, and there are {len(places)}")
+        kept: dict[int, list[str]] = {}
+        for index in np.sort(np.random.default_rng(seed).permutation(len(places))[:count]).tolist():
+            picture, place = places[index]
+            kept.setdefault(picture, []).append(self.captions[picture][place])
+        drawn = self.take(np.array(list(kept), dtype=np.int64))
+        drawn.captions = list(kept.values())
+        return drawn
 
     def fingerprint(self) -> str:
         """What stays the same as long as these are the same files and captions in the same order."""

@@ -94,6 +94,8 @@ class COCOCaptionsDataModule(LightningDataModule):
         val_size: Pictures held out of training for validation where the set has none of its own: their number, or
             below 1 their share. 0 trains without validation.
         test_size: Likewise for testing. Where there are none the validation pictures are tested on.
+        train_captions: So many captions of the training pictures, drawn with ``split_seed``, with the pictures that
+            they belong to; the course's assignment takes 10,000. None takes all.
         split_seed: Seed of that split, apart from the run's seed so that runs compare.
         corrupt: Stop at what makes no sense or cannot be read (``refuse``), or leave it out (``skip``): all pictures
             are then read once before the first batch, and the same are left out on every process.
@@ -130,6 +132,7 @@ class COCOCaptionsDataModule(LightningDataModule):
         eval_batch_size: int = 64,
         val_size: int | float = 0.1,
         test_size: int | float = 0,
+        train_captions: int | None = None,
         split_seed: int = 0,
         corrupt: Literal["refuse", "skip"] = "refuse",
         cache: bool | None = None,
@@ -145,6 +148,7 @@ class COCOCaptionsDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.val_size = val_size
         self.test_size = test_size
+        self.train_captions = train_captions
         self.split_seed = split_seed
         self.corrupt = corrupt
         self.cache = cache
@@ -279,6 +283,8 @@ class COCOCaptionsDataModule(LightningDataModule):
         for name, value in (least | {"val_size": 0, "test_size": 0}).items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {value}")
+        if self.train_captions is not None and self.train_captions < 1:
+            raise ValueError(f"train_captions={self.train_captions} must be at least 1, or null for all")
         if self.corrupt not in ("refuse", "skip"):
             raise ValueError(f"corrupt={self.corrupt!r} must be refuse or skip")
 
@@ -350,7 +356,10 @@ class COCOCaptionsDataModule(LightningDataModule):
     def _split_training(self, pictures: CaptionedPictures) -> dict[Split, CaptionedPictures]:
         val, test = (0 if self._has("val") else self.val_size, 0 if self._has("test") else self.test_size)
         parts = split_at_random(len(pictures), val, test, self.split_seed)
-        return {split: pictures.take(chosen) for split, chosen in parts.items()}
+        taken = {split: pictures.take(chosen) for split, chosen in parts.items()}
+        if self.train_captions is not None:
+            taken["train"] = taken["train"].draw(self.train_captions, self.split_seed)
+        return taken
 
     # Pictures
 

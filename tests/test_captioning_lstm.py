@@ -1,4 +1,4 @@
-"""The captioning network against torch's layers, the lecture's formulas, exhaustive search and cases by hand."""
+"""The captioning network against torch, the lecture's formulas, exhaustive search and cases by hand; its weights."""
 
 import itertools
 import math
@@ -6,18 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import torchvision
+from lightning import Trainer
 from torch import nn
 
-from zoo.captioning_lstm import (
-    END,
-    LSTM,
-    NULL,
-    START,
-    AttentionLSTM,
-    CaptioningNetwork,
-    VanillaRNN,
-    captioning_loss,
-)
+import zoo
+from zoo.captioning_lstm import LSTM, AttentionLSTM, CaptioningLSTM, CaptioningNetwork, VanillaRNN
+from zoo.tasks.captioning import END, NULL, SPECIAL, START, captioning_loss
 
 CELLS = ("rnn", "lstm", "attention")
 EXACT = {"rtol": 0, "atol": 1e-6}
@@ -478,3 +473,141 @@ def test_arguments_that_make_no_sense_are_named():
         network.beam_search(features, length_penalty=-1)
     with pytest.raises(ValueError, match="max_length=0"):
         network.greedy(features, max_length=0)
+
+
+# The architecture: encoder, words, checkpoints
+
+WORDS = [*SPECIAL, "a", "dog", "cat", "on", "the", "grass"]
+SMALL = {"network": "small", "image_size": 32, "wordvec_dim": 8, "hidden_dim": 16}
+ENCODERS = {  # torchvision's function, and what it does to images before its classifier
+    "mobilenet_v2": lambda built, images: built.features(images),
+    "squeezenet1_0": lambda built, images: built.features(images),
+    "vgg19": lambda built, images: built.features[:-1](images),
+    "resnet18": lambda built, images: built.layer4(
+        built.layer3(built.layer2(built.layer1(built.maxpool(built.relu(built.bn1(built.conv1(images)))))))
+    ),
+}
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+
+@pytest.mark.parametrize("network", ENCODERS)
+def test_the_encoder_is_torchvisions_with_its_weights(network, tmp_path):
+    torch.manual_seed(0)
+    built = getattr(torchvision.models, network)(weights=None).eval()
+    torch.save(built.state_dict(), tmp_path / "classifier.pth")
+    model = CaptioningLSTM(WORDS, network=network, backbone_weights=str(tmp_path / "classifier.pth")).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = ENCODERS[network](built, (images - MEAN) / STD)
+        torch.testing.assert_close(model.features(images), expected, rtol=1e-4, atol=1e-5)
+    assert model.head.features.in_features == expected.shape[1]
+
+
+def test_googlenets_encoder_gives_what_its_classifier_pools(tmp_path):
+    """torchvision turns ImageNet's standardization into GoogLeNet's own, halves; here the first layer has them."""
+    torch.manual_seed(0)
+    built = torchvision.models.googlenet(weights=None, init_weights=False, transform_input=True).eval()
+    torch.save(built.state_dict(), tmp_path / "googlenet.pth")
+    model = CaptioningLSTM(WORDS, network="googlenet", backbone_weights=str(tmp_path / "googlenet.pth")).eval()
+    pooled = []
+    built.avgpool.register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        built((images - MEAN) / STD)
+        torch.testing.assert_close(model.features(images), pooled[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifiers_weights_of_another_kind_are_refused_by_name(tmp_path):
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth is not of a squeezenet1_0: features\.0\.weight"):
+        CaptioningLSTM(WORDS, network="squeezenet1_0", backbone_weights=str(tmp_path / "other.pth"))
+
+
+def test_a_grid_is_the_mean_over_its_cells():
+    model = CaptioningLSTM(WORDS, **SMALL | {"grid": 2, "image_size": 64}).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        whole = model.backbone.network(model.backbone.standardize(images))  # (2, 128, 8, 8)
+        assert whole.shape == (2, 128, 8, 8)
+        by_hand = torch.stack([whole[:, :, i : i + 4, j : j + 4].mean((2, 3)) for i in (0, 4) for j in (0, 4)], -1)
+        torch.testing.assert_close(model.features(images).flatten(2), by_hand)
+
+
+def test_scaled_features_have_a_mean_square_of_one():
+    plain, scaled = (CaptioningLSTM(WORDS, **SMALL, scaled_features=scale).eval() for scale in (False, True))
+    scaled.load_state_dict(plain.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        before, after = plain.features(images).double().numpy(), scaled.features(images).double().numpy()
+    scale = np.sqrt((before**2).mean(1, keepdims=True))
+    np.testing.assert_allclose(after, np.divide(before, scale, out=np.zeros_like(before), where=scale > 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_encoder_does_not_change_by_a_bit_and_another_is_trained(frozen):
+    model = CaptioningLSTM(WORDS, **SMALL, frozen_backbone=frozen)
+    assert model.backbone.training is not frozen
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    batch = torch.rand(4, 3, 32, 32), torch.tensor([[START, 4, 5, END, NULL]] * 4)
+    trainer = Trainer(max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(model, torch.utils.data.DataLoader([batch] * 2, batch_size=None))
+    assert not any(p.grad is not None for p in model.backbone.parameters()) or not frozen
+    same = [torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items()]
+    assert all(same) if frozen else not all(same)
+    assert model.train().backbone.training is not frozen
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_checkpoint_alone_captions(cell, tmp_path):
+    model = CaptioningLSTM(WORDS, cell, **SMALL).eval()
+    zoo.save(model, tmp_path / "captioner.safetensors")
+    alone = zoo.load(tmp_path / "captioner.safetensors")
+    images = torch.rand(3, 3, 32, 32)
+    assert alone.predict_step(images, 0) == model.predict_step(images, 0)
+    assert alone.words == WORDS
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_another_vocabulary_keeps_the_rows_of_the_words_that_both_have(cell, tmp_path):
+    model = CaptioningLSTM(WORDS, cell, **SMALL)
+    zoo.save(model, tmp_path / "captioner.safetensors")
+    others = [*SPECIAL, "horse", "dog", "the", "sky", "a", "meadow", "green"]
+    started = CaptioningLSTM(others, cell, **SMALL, weights=str(tmp_path / "captioner.safetensors"))
+    fresh = CaptioningLSTM(others, cell, **SMALL)
+    for name in ("words.weight", "scores.weight", "scores.bias"):
+        mine, theirs = started.head.get_parameter(name), model.head.get_parameter(name)
+        assert mine.shape == fresh.head.get_parameter(name).shape
+        for row, word in enumerate(others):
+            kept = word in WORDS and torch.equal(mine[row], theirs[WORDS.index(word)])
+            assert kept is (word in WORDS) or name == "scores.bias"  # fresh biases are all 0
+    for name, value in model.head.cell.state_dict().items():
+        assert torch.equal(started.head.cell.state_dict()[name], value)
+    # As many words in another order are other words, too.
+    turned = CaptioningLSTM(
+        [*SPECIAL, *reversed(WORDS[4:])], cell, **SMALL, weights=str(tmp_path / "captioner.safetensors")
+    )
+    assert torch.equal(turned.head.words.weight[4:], model.head.words.weight[4:].flip(0))
+
+
+def test_features_of_a_cache_give_what_pictures_give():
+    model = CaptioningLSTM(WORDS, **SMALL).eval()
+    images, tokens = torch.rand(3, 3, 32, 32), torch.tensor([[START, 4, 5, END]] * 3)
+    features = model.features(images)
+    assert torch.equal(model.scores(features, tokens), model.scores(images, tokens))
+    assert torch.equal(model(features), model(images))
+
+
+def test_without_words_it_is_the_assignments_network():
+    model = CaptioningLSTM()
+    assert sum(p.numel() for p in model.head.parameters()) == 3_943_776
+    assert model.backbone(torch.zeros(1, 3, 112, 112)).shape == (1, 1280, 4, 4)
+
+
+def test_dropout_is_for_training_alone():
+    model = CaptioningLSTM(WORDS, **SMALL, dropout=0.5)
+    images, tokens = torch.rand(2, 3, 32, 32), torch.tensor([[START, 4, 5, END]] * 2)
+    model.eval()
+    assert torch.equal(model.scores(images, tokens), model.scores(images, tokens))
+    model.train()
+    assert not torch.equal(model.scores(images, tokens), model.scores(images, tokens))

@@ -554,7 +554,7 @@ def test_the_backbone_starts_from_torchvisions_file_or_from_another_detectors(tm
     torch.save({"state_dict": single.state_dict()}, tmp_path / "single.ckpt")
     model = TwoStageDetector(3, backbone_weights=str(tmp_path / "single.ckpt"), **SMALL).eval()
     torch.testing.assert_close(model.backbone(images), single.backbone(images))
-    with pytest.raises(ValueError, match=r"mobilenet\.pth is not of this MobileNetV2: network\.features\.2\.conv"):
+    with pytest.raises(ValueError, match=r"mobilenet\.pth is not of a mobilenet_v2: features\.2\.conv"):
         TwoStageDetector(3, backbone_weights=str(tmp_path / "mobilenet.pth"), **SMALL | {"width": 0.5})
 
 

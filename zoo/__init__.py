@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zoo.alexnet import AlexNet
+    from zoo.captioning_lstm import CaptioningLSTM
     from zoo.dcgan import DCGAN
     from zoo.deep_conv_net import DeepConvNet
     from zoo.faster_rcnn import FasterRCNN
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 ARCHITECTURES = {
     "AlexNet": "zoo.alexnet",
+    "CaptioningLSTM": "zoo.captioning_lstm",
     "DCGAN": "zoo.dcgan",
     "DeepConvNet": "zoo.deep_conv_net",
     "FasterRCNN": "zoo.faster_rcnn",
@@ -58,6 +60,7 @@ _FUNCTIONS = {"load": "zoo.weights", "save": "zoo.weights"}
 
 __all__ = [
     "AlexNet",
+    "CaptioningLSTM",
     "DCGAN",
     "DeepConvNet",
     "FasterRCNN",

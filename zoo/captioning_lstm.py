@@ -11,14 +11,95 @@ Images come as maps of features (N, C, S, S), captions as tokens (N, L): ``<STAR
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Literal, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
-NULL, START, END, UNKNOWN = range(4)  # the first tokens of every vocabulary
+from zoo.running.optimizing import SchedulerCallable
+from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, standardized
+from zoo.tasks.captioning import END, NULL, SPECIAL, START, CaptioningTask, Captions
+from zoo.weights import load_trunk, load_weights
+
+Cell = Literal["rnn", "lstm", "attention"]
+Network = Literal["mobilenet_v2", "squeezenet1_0", "vgg19", "googlenet", "resnet18", "resnet101", "small"]
+
+HALF = (0.5, 0.5, 0.5)
+ASSIGNMENT_WORDS = 864  # of the assignment's vocabulary, the special ones among them
+
+
+# The image encoder
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Which part of an image classifier of torchvision gives the features.
+
+    Attributes:
+        builder: The function of ``torchvision.models``.
+        channels: Channels C of the features.
+        layers: So many of the classifier's children, from the first on; a negative number leaves out the last ones.
+        options: What the builder is told.
+        mean: Of each colour of the images that its weights were trained on.
+        std: Likewise the standard deviation.
+    """
+
+    builder: str
+    channels: int
+    layers: int = 1  # those that call it ``features``
+    options: tuple[tuple[str, Any], ...] = ()
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def build(self) -> nn.Sequential:
+        """Images (N, 3, H, W) to features (N, C, S, S), its tensors named as in the published files."""
+        from torchvision import models
+
+        built = getattr(models, self.builder)(weights=None, **dict(self.options))
+        children = OrderedDict(list(built.named_children())[: self.layers])
+        if self.builder.startswith("vgg"):
+            children["features"] = children["features"][:-1]  # Show, Attend and Tell looks before the last pooling
+        return nn.Sequential(children)
+
+
+GOOGLENET = (("aux_logits", False), ("init_weights", False))
+ENCODERS = {
+    "mobilenet_v2": Encoder("mobilenet_v2", 1280),
+    "squeezenet1_0": Encoder("squeezenet1_0", 512),
+    "vgg19": Encoder("vgg19", 512),
+    "googlenet": Encoder("googlenet", 1024, -3, GOOGLENET, HALF, HALF),
+    "resnet18": Encoder("resnet18", 512, -2),
+    "resnet101": Encoder("resnet101", 2048, -2),
+}
+SMALL_WIDTHS = (32, 64, 128)
+
+
+def small_network() -> nn.Sequential:
+    """Three convolutions of stride 2 with batch norm: images (N, 3, H, W) to (N, 128, H / 8, W / 8)."""
+    layers: list[nn.Module] = []
+    before = 3
+    for width in SMALL_WIDTHS:
+        convolution = nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False)
+        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        before = width
+    return nn.Sequential(*layers)
+
+
+class ScaledFeatures(nn.Module):
+    """Divides the features at each place by the root of their mean square over the channels."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features (N, C, S, S) to as many whose mean square over C is 1 at every place, or 0 where all are 0."""
+        mean_square = features.square().mean(1, keepdim=True)  # (N, 1, S, S)
+        return features * mean_square.clamp_min(1e-12).rsqrt()
+
+
+# The recurrent cells
 
 
 def _with_one_bias(recurrence: nn.RNNBase) -> None:
@@ -179,34 +260,7 @@ class AttentionLSTM(nn.Module):
         return torch.stack(states, 1), torch.stack(looks, 1).unflatten(-1, grid.shape[2:])
 
 
-class Captions(NamedTuple):
-    """Captions of N images, at most T tokens long.
-
-    Attributes:
-        tokens: int64 (N, T): the words and ``<END>``, without ``<START>``, filled up with ``<NULL>``. A caption that
-            reached T tokens before its end has no ``<END>``.
-        log_probabilities: float (N,): of each caption as a whole, given its image.
-        attention: float (N, T, S, S): for each token where on the grid the network looked, weights that sum to one, and
-            zeros after the end. None for the cells without attention.
-    """
-
-    tokens: Tensor
-    log_probabilities: Tensor
-    attention: Tensor | None
-
-
-def captioning_loss(scores: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy summed over the tokens of a caption, mean over the captions, as the assignment has it.
-
-    Args:
-        scores: Logits (N, T, V).
-        targets: int64 (N, T), the tokens that the scores are for: ``tokens[:, 1:]``; ``<NULL>`` does not count.
-
-    Returns:
-        A scalar: at chance about log V times the mean number of words and ``<END>``.
-    """
-    loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=NULL, reduction="sum")
-    return loss / len(targets)
+# Decoding
 
 
 def _select(tensor: Tensor, parents: Tensor) -> Tensor:
@@ -290,6 +344,9 @@ class _Beams:
         return self.log_p / self.lengths.clamp(min=1) ** length_penalty
 
 
+# The network
+
+
 class CaptioningNetwork(nn.Module):
     """From a map of image features to captions: word vectors, a recurrent cell, and scores of the next word.
 
@@ -305,6 +362,7 @@ class CaptioningNetwork(nn.Module):
         feature_dim: Channels C of the features.
         wordvec_dim: Length W of a word vector.
         hidden_dim: Length H of the hidden state.
+        dropout: Share of the hidden states' values that are dropped before the scores, in training.
 
     Raises:
         ValueError: ``cell`` is none of the three.
@@ -313,10 +371,11 @@ class CaptioningNetwork(nn.Module):
     def __init__(
         self,
         vocab_size: int,
-        cell: Literal["rnn", "lstm", "attention"] = "lstm",
+        cell: Cell = "lstm",
         feature_dim: int = 1280,
         wordvec_dim: int = 256,
         hidden_dim: int = 512,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         cells: dict[str, type[nn.Module]] = {"rnn": VanillaRNN, "lstm": LSTM, "attention": AttentionLSTM}
@@ -325,6 +384,7 @@ class CaptioningNetwork(nn.Module):
         self.features = nn.Linear(feature_dim, hidden_dim)
         self.words = nn.Embedding(vocab_size, wordvec_dim)
         self.cell = cells[cell](wordvec_dim, hidden_dim)
+        self.dropout = nn.Dropout(dropout)
         self.scores = nn.Linear(hidden_dim, vocab_size)
         self._initialize()
 
@@ -350,7 +410,7 @@ class CaptioningNetwork(nn.Module):
             states, _ = self.cell(vectors, self.grid(features))
         else:
             states = self.cell(vectors, self.initial_state(features))
-        return cast(Tensor, self.scores(states))
+        return cast(Tensor, self.scores(self.dropout(states)))
 
     def initial_state(self, features: Tensor) -> Tensor:
         """The hidden state before the first word, without attention: features (N, C, S, S) to (N, H)."""
@@ -474,3 +534,105 @@ class CaptioningNetwork(nn.Module):
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         scores[..., [NULL, START]] = -torch.inf
         return scores.log_softmax(-1), (h, c), weights
+
+
+class CaptioningLSTM(CaptioningTask):
+    """Writes a sentence about an image, word by word.
+
+    The image encoder is frozen by default, as in the assignment: no parameter and no buffer of it changes, whatever
+    calls ``train()``. Its features can then be computed once for all epochs
+    (:class:`zoo.running.caching.CacheFeatures`).
+
+    A checkpoint holds the words, and captions alone. Started from ``weights`` of another vocabulary, the rows of the
+    words that both have are kept and the others are fresh.
+
+    Args:
+        words: The vocabulary, ``<NULL>``, ``<START>``, ``<END>`` and ``<UNK>`` first; from a data module's ``words``.
+            None is the assignment's 864, without their names, to look at the network.
+        cell: The recurrent cell: ``rnn`` and ``lstm`` see the image once, ``attention`` at every word.
+        network: The image encoder: ``mobilenet_v2`` is the assignment's, ``googlenet`` that of Show and Tell, ``vgg19``
+            that of Show, Attend and Tell; ``small`` is three convolutions, for small pictures and to be trained.
+        frozen_backbone: Leave the encoder as it is; else it is trained with the rest.
+        grid: Side S of the grid of features, to which they are averaged; None leaves what the encoder gives.
+        scaled_features: Divide the features at each place by the root of their mean square. The assignment does not;
+            for encoders whose features are large, as SqueezeNet's, whose mean square is some 800.
+        wordvec_dim: Length of a word vector.
+        hidden_dim: Length of the hidden state.
+        dropout: Share of the hidden state's values that are dropped before the scores, in training.
+        image_size: Side of the pictures that the model is made for, in pixels.
+        beam_width: Captions that are kept while one is searched for; 1 takes the best word at each step.
+        length_penalty: 0 compares whole captions' probabilities, which favours short ones; 1 their mean over the words.
+        max_length: Words of a caption at most, ``<END>`` counted.
+        weights: A file of a captioner (``.safetensors``, ``.ckpt``) or ``hf://owner/name``.
+        backbone_weights: torchvision's name (``DEFAULT``, ``IMAGENET1K_V1``) or a file of a classifier, for the encoder
+            alone.
+        optimizer: Makes the optimizer from the parameters. Default: the assignment's.
+        scheduler: Makes the schedule from the optimizer and the run's number of steps. Default: none.
+    """
+
+    def __init__(
+        self,
+        words: list[str] | None = None,
+        cell: Cell = "attention",
+        network: Network = "mobilenet_v2",
+        frozen_backbone: bool = True,
+        grid: int | None = None,
+        scaled_features: bool = False,
+        wordvec_dim: int = 256,
+        hidden_dim: int = 512,
+        dropout: float = 0.0,
+        image_size: int = 112,
+        beam_width: int = 3,
+        length_penalty: float = 0.0,
+        max_length: int = 16,
+        weights: str | None = None,
+        backbone_weights: str | None = None,
+        optimizer: OptimizerCallable = lambda params: optim.Adam(params, lr=1e-3),
+        scheduler: SchedulerCallable | None = None,
+    ) -> None:
+        vocabulary = [*SPECIAL, *map(str, range(len(SPECIAL), ASSIGNMENT_WORDS))] if words is None else words
+        super().__init__(vocabulary, optimizer, scheduler)
+        self.example_input_array = torch.zeros(1, 3, image_size, image_size)
+        self.frozen_backbone = frozen_backbone
+        self.decoding = (beam_width, length_penalty, max_length)
+        encoder = ENCODERS.get(network)
+        trunk = small_network() if encoder is None else encoder.build()
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if encoder is None else (encoder.mean, encoder.std)
+        self.backbone = standardized(trunk, mean, std)
+        if grid is not None:
+            self.backbone.append(nn.AdaptiveAvgPool2d(grid))
+        if scaled_features:
+            self.backbone.append(ScaledFeatures())
+        channels = SMALL_WIDTHS[-1] if encoder is None else encoder.channels
+        self.head = CaptioningNetwork(len(vocabulary), cell, channels, wordvec_dim, hidden_dim, dropout)
+        self.backbone.to(memory_format=torch.channels_last)
+        self.backbone.requires_grad_(not frozen_backbone)
+        self.train()
+        if backbone_weights is not None:
+            load_trunk(trunk, backbone_weights, None if encoder is None else encoder.builder)
+        if weights is not None:
+            load_weights(self, weights, keep_matching_classes=True)
+
+    def train(self, mode: bool = True) -> "CaptioningLSTM":
+        """Set the mode; a frozen encoder stays in evaluation mode, or its batch norms would move."""
+        super().train(mode)
+        self.backbone.train(mode and not self.frozen_backbone)
+        return self
+
+    def features(self, images: Tensor) -> Tensor:
+        """The encoder's features (N, C, S, S) of images (N, 3, H, W); of features, which a cache kept, themselves."""
+        return cast(Tensor, self.backbone(images)) if images.shape[1] == 3 else images.to(self.dtype)
+
+    def scores(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Logits (N, L - 1, V) of the tokens after the first, each given the true ones before it."""
+        return cast(Tensor, self.head(self.features(images), tokens))
+
+    @torch.no_grad()
+    def caption(self, images: Tensor) -> Captions:
+        """Search the best caption of each image, of images (N, 3, H, W) in [0, 1] or their features."""
+        return cast(CaptioningNetwork, self.head).beam_search(self.features(images), *self.decoding)
+
+    def class_rows(self, key: str, rows: int, classes: int) -> list[Tensor] | None:
+        """Of word vectors and scores each row is a word's; of other tensors none is."""
+        of_words = key.startswith(("head.words.", "head.scores."))
+        return list(torch.arange(rows)[:, None]) if of_words and rows == classes else None

@@ -9,11 +9,14 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from zoo.running.checkpoint import replacing
+from zoo.tasks.captioning import CaptioningTask
 from zoo.tasks.detection import DetectionTask
+from zoo.tasks.generation import GenerationTask
 from zoo.weights import describe, load, read_weights, save
 
 Format = Literal["safetensors", "onnx", "pt2"]
 SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "onnx": ".onnx", "pt2": ".pt2"}
+PARTS = ("backbone", "head", "generator", "decoder")  # what forward runs through
 TOLERANCE = 1e-4  # largest difference of any output that is taken for rounding
 
 
@@ -22,8 +25,9 @@ class _Network(nn.Module):
 
     def __init__(self, module: LightningModule) -> None:
         super().__init__()
-        self.backbone = module.backbone
-        self.head = module.head
+        for name in PARTS:
+            if hasattr(module, name):
+                setattr(self, name, getattr(module, name))
         self.model = [module]  # in a list: not a submodule, so that metrics are not exported
 
     def forward(self, images: Tensor) -> Any:
@@ -33,8 +37,9 @@ class _Network(nn.Module):
 def export(checkpoint: Path, file_format: Format, out: Path | None = None, licence: str = "") -> Path:
     """Write a model in another format, complete or not at all.
 
-    ONNX and pt2 take images (N, C, H, W) in [0, 1] with any N, and carry class path, arguments and class names. They
-    are for classifiers: what a detector selects depends on the images' values.
+    ONNX and pt2 take images (N, C, H, W) in [0, 1] with any N, or a generator's codes (N, Z), and carry class path,
+    arguments and class names. They are for classifiers and unconditional generators: what a detector selects depends
+    on the images' values.
 
     Args:
         checkpoint: A ``.ckpt`` of a run, or a ``.safetensors`` weights file.
@@ -47,7 +52,7 @@ def export(checkpoint: Path, file_format: Format, out: Path | None = None, licen
 
     Raises:
         ImportError: The format's library is not installed.
-        ValueError: The exported model gives other outputs than the model, or it is a detector.
+        ValueError: The exported model gives other outputs than the model, or it is a detector or a captioner.
     """
     module = load(checkpoint)
     out = out or checkpoint.with_suffix(SUFFIXES[file_format])
@@ -55,11 +60,13 @@ def export(checkpoint: Path, file_format: Format, out: Path | None = None, licen
         _, header = read_weights(checkpoint)
         save(module, out, header.get("recipe", ""), header.get("metrics"), licence or header.get("licence", ""))
         return out
-    if isinstance(module, DetectionTask):
+    if isinstance(module, DetectionTask | CaptioningTask):
         what = f"{checkpoint} holds a zoo.{type(module).__name__}, which cannot be written as {file_format}"
+        raise ValueError(f"{what}: torch.export does not follow {_what_it_does(module)}; --format safetensors works")
+    if isinstance(module, GenerationTask) and module.classes is not None:
         raise ValueError(
-            f"{what}: torch.export does not follow a detector, which keeps objects by the images' values; "
-            "--format safetensors works"
+            f"{checkpoint} holds a conditional zoo.{type(module).__name__}, which takes a class beside the code and "
+            f"cannot be written as {file_format}; --format safetensors works"
         )
     # Two images: torch.export takes a size of one for a constant.
     shape = cast(Tensor, module.example_input_array).shape[1:]
@@ -69,6 +76,12 @@ def export(checkpoint: Path, file_format: Format, out: Path | None = None, licen
         if not difference <= TOLERANCE:
             raise ValueError(f"the exported model's outputs differ by {difference:.1e}, more than {TOLERANCE:.0e}")
     return out
+
+
+def _what_it_does(module: LightningModule) -> str:
+    if isinstance(module, CaptioningTask):
+        return "a captioner, which stops when its captions have ended"
+    return "a detector, which keeps objects by the images' values"
 
 
 def _write_pt2(module: LightningModule, example: Tensor, path: Path) -> float:

@@ -15,13 +15,12 @@ from typing import Any, Literal, cast
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn, optim
 
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
 from zoo.tasks.detection import Detections, DetectionTask, Target
-from zoo.weights import find_weights, load_weights, read_weights
+from zoo.weights import load_trunk, load_weights
 
 Network = Literal["resnet50", "resnet50_v2", "resnet18", "mobilenet_v3_large", "squeezenet1_0"]
 
@@ -242,30 +241,6 @@ def region_losses(module: LightningModule, images: list[Tensor], targets: list[T
         raise ValueError(f"targets of images {ids}: {error}") from error
 
 
-def load_backbone(module: LightningModule, weights: str, builder: str) -> None:
-    """Start the trunk below a feature pyramid from a classifier's weights; the rest stays fresh.
-
-    Args:
-        module: A detector of this file's kind.
-        weights: torchvision's name for the classifier (``IMAGENET1K_V1``, …), or a file: torchvision's, or one of a
-            classifier of the zoo.
-        builder: The classifier's function in ``torchvision.models``.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is unsafe or damaged, or is not of this trunk; it names tensors that do not fit.
-    """
-    state, _ = read_weights(find_weights(weights, builder))
-    given = {key.removeprefix("backbone.network.").removeprefix("features."): value for key, value in state.items()}
-    trunk = cast(nn.Module, module.backbone.body)  # type: ignore[union-attr]
-    own = {key: value for key, value in trunk.state_dict().items() if not key.endswith("num_batches_tracked")}
-    wrong = [key for key, value in own.items() if key not in given or given[key].shape != value.shape]
-    if wrong:
-        raise ValueError(f"{weights} is not of a {builder}: {', '.join(wrong[:4])} are missing or of another shape")
-    trunk.load_state_dict({key: given[key] for key in own}, strict=False)
-    rank_zero_info(f"trunk from {weights}: {len(own)} tensors loaded, pyramid and heads fresh")
-
-
 class FasterRCNN(DetectionTask):
     """Faster R-CNN with a feature pyramid.
 
@@ -329,7 +304,7 @@ class FasterRCNN(DetectionTask):
         take_pieces(self, detection.FasterRCNN(backbone, **options))
         self.to(memory_format=torch.channels_last)
         if backbone_weights is not None:
-            load_backbone(self, backbone_weights, CLASSIFIERS[network])
+            load_trunk(cast(nn.Module, self.backbone.body), backbone_weights, CLASSIFIERS[network])
         if weights is not None:
             load_weights(self, weights, keep_matching_classes)
 

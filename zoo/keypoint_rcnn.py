@@ -8,14 +8,13 @@ from typing import Literal, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNPredictor
 
 from zoo.faster_rcnn import (
     CLASSIFIERS,
     PublishedDetector,
     fpn_backbone,
-    load_backbone,
     region_detections,
     region_losses,
     region_options,
@@ -24,7 +23,7 @@ from zoo.faster_rcnn import (
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
 from zoo.tasks.detection import Detections, DetectionTask, Target
-from zoo.weights import load_weights
+from zoo.weights import load_trunk, load_weights
 
 BUILDERS = {"resnet50": "keypointrcnn_resnet50_fpn"}  # in torchvision.models
 
@@ -109,7 +108,7 @@ class KeypointRCNN(DetectionTask):
         take_pieces(self, detection.KeypointRCNN(backbone, **options))
         self.to(memory_format=torch.channels_last)
         if backbone_weights is not None:
-            load_backbone(self, backbone_weights, CLASSIFIERS[network])
+            load_trunk(cast(nn.Module, self.backbone.body), backbone_weights, CLASSIFIERS[network])
         if weights is not None:
             load_weights(self, weights, keep_matching_classes)
 

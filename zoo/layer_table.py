@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from zoo.standardization import Standardize
+from zoo.tasks.captioning import CaptioningTask
 from zoo.tasks.detection import DetectionTask
+from zoo.tasks.generation import GenerationTask
 
-RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.Hardsigmoid)
-NORMS = (nn.BatchNorm2d, nn.GroupNorm, FrozenBatchNorm2d, Standardize)
-LEFT_OUT = (*RECTIFIERS, *NORMS, nn.Dropout, nn.Identity, nn.Sequential)  # a Sequential without children
+RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.Hardsigmoid, nn.Tanh)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, FrozenBatchNorm2d, Standardize)
+LEFT_OUT = (*RECTIFIERS, *NORMS, nn.Dropout, nn.Identity, nn.Unflatten, nn.Sequential)  # a Sequential without children
 
 
 @dataclass
@@ -45,6 +47,7 @@ def layer_table(network: nn.Module, images: Tensor) -> list[Row]:
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            output = output[0] if isinstance(module, nn.RNNBase) else output  # the rest is its last state
             kept = isinstance(module, nn.AdaptiveAvgPool2d | nn.Flatten) and output.shape == inputs[0].shape
             if isinstance(output, Tensor) and not isinstance(module, LEFT_OUT) and not kept:
                 parameters = 0 if name in seen else sum(p.numel() for p in module.parameters())
@@ -69,7 +72,13 @@ def layer_table(network: nn.Module, images: Tensor) -> list[Row]:
 
 
 def _run(network: nn.Module, images: Tensor) -> None:
-    """Of a detector the layers alone: what it selects between them depends on values."""
+    """Of a detector the layers alone: what it selects between them depends on values. Of a captioner one word."""
+    if isinstance(network, CaptioningTask):
+        _run_one_word(network, images)
+        return
+    if isinstance(network, GenerationTask):
+        network.run_layers(images)
+        return
     if not isinstance(network, DetectionTask):
         network(images)
         return
@@ -84,6 +93,15 @@ def _run(network: nn.Module, images: Tensor) -> None:
         network.head(features, box, box.new_zeros(1))
     else:
         network.head(features)
+
+
+def _run_one_word(network: CaptioningTask, images: Tensor) -> None:
+    """A recurrence comes last where attention takes its place in time, which multiplies by its weights itself."""
+    network.scores(images, torch.ones(len(images), 2, dtype=torch.int64, device=images.device))
+    cell: Any = network.head.cell
+    if hasattr(cell, "lstm"):
+        recurrence = cell.lstm.recurrence
+        recurrence(images.new_zeros(len(images), 1, recurrence.input_size))
 
 
 def _run_on_regions(network: DetectionTask, features: Tensor) -> None:
@@ -109,6 +127,9 @@ def _multiply_adds(module: nn.Module, given: Any, output: Tensor) -> int:
         return output.numel() * module.in_channels // module.groups * kernel_height * kernel_width
     if isinstance(module, nn.Linear):
         return output.numel() * module.in_features
+    if isinstance(module, nn.RNNBase):
+        steps = output.numel() // module.hidden_size
+        return steps * sum(p.numel() for p in module.parameters() if p.ndim == 2)
     if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
         side = module.kernel_size
         return output.numel() * (side * side if isinstance(side, int) else math.prod(side))

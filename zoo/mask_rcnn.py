@@ -4,7 +4,7 @@ Paper: He et al., 2017, Mask R-CNN, https://arxiv.org/abs/1703.06870; the varian
 https://arxiv.org/abs/2111.11429. EECS 498-007, lecture 16. Built from torchvision, so that its weights load by name.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -15,7 +15,6 @@ from zoo.faster_rcnn import (
     Network,
     PublishedDetector,
     fpn_backbone,
-    load_backbone,
     region_detections,
     region_losses,
     region_options,
@@ -24,7 +23,7 @@ from zoo.faster_rcnn import (
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
 from zoo.tasks.detection import Detections, DetectionTask, Target
-from zoo.weights import load_weights
+from zoo.weights import load_trunk, load_weights
 
 BUILDERS = {"resnet50": "maskrcnn_resnet50_fpn", "resnet50_v2": "maskrcnn_resnet50_fpn_v2"}  # in torchvision.models
 
@@ -113,7 +112,7 @@ class MaskRCNN(DetectionTask):
         take_pieces(self, detection.MaskRCNN(backbone, **options))
         self.to(memory_format=torch.channels_last)
         if backbone_weights is not None:
-            load_backbone(self, backbone_weights, CLASSIFIERS[network])
+            load_trunk(cast(nn.Module, self.backbone.body), backbone_weights, CLASSIFIERS[network])
         if weights is not None:
             load_weights(self, weights, keep_matching_classes)
 

@@ -15,7 +15,6 @@ from typing import ClassVar, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torchvision.ops import box_convert, nms, roi_align
@@ -40,7 +39,7 @@ from zoo.single_stage import (
 )
 from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, standardized
 from zoo.tasks.detection import Detections, DetectionTask, Target
-from zoo.weights import find_weights, load_weights, read_weights
+from zoo.weights import load_trunk, load_weights
 
 BOX_WEIGHT = 5.0  # of the loss of the offsets, to that of the scores and that of the classes
 REGION = 2  # RoIAlign's values a side
@@ -279,30 +278,6 @@ def _objectness(scores: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(scores[torch.cat([positives, negatives])], wanted, reduction="sum")
 
 
-def load_backbone(module: nn.Module, weights: str) -> None:
-    """Start a backbone behind its standardization from a MobileNetV2's weights.
-
-    Args:
-        module: ``backbone`` of a detector on :func:`zoo.single_stage.mobilenet_features`.
-        weights: torchvision's name (``IMAGENET1K_V1``, …), or a file: torchvision's, or one of such a detector.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is unsafe or damaged, or is not of this backbone; it names tensors that do not fit.
-    """
-    state, _ = read_weights(find_weights(weights, PUBLISHED.builder))
-    state = PUBLISHED.rename(state) if PUBLISHED.recognises(state) else state
-    own = {key: value for key, value in module.state_dict().items() if not key.endswith("num_batches_tracked")}
-    given = {key: state[f"backbone.{key}"] for key in own if f"backbone.{key}" in state}
-    wrong = [key for key, value in own.items() if key not in given or given[key].shape != value.shape]
-    if wrong:
-        raise ValueError(
-            f"{weights} is not of this MobileNetV2: {', '.join(wrong[:4])} are missing or of another shape"
-        )
-    module.load_state_dict(given, strict=False)
-    rank_zero_info(f"backbone from {weights}: {len(given)} tensors loaded, heads fresh")
-
-
 class TwoStageDetector(DetectionTask):
     """The assignment's two-stage detector on MobileNetV2.
 
@@ -375,7 +350,7 @@ class TwoStageDetector(DetectionTask):
         self.register_buffer("anchors", grid_anchors(image_size // STRIDE, torch.tensor(ANCHORS).float()), False)
         self.to(memory_format=torch.channels_last)
         if backbone_weights is not None:
-            load_backbone(self.backbone, backbone_weights)
+            load_trunk(cast(nn.Module, self.backbone.network), backbone_weights, PUBLISHED.builder)
         if weights is not None:
             load_weights(self, weights, keep_matching_classes)
 

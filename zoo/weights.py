@@ -242,6 +242,31 @@ def load_weights(module: LightningModule, weights: str, keep_matching_classes: b
     return transfer
 
 
+def load_trunk(trunk: nn.Module, weights: str, builder: str | None) -> None:
+    """Start an image encoder from the weights of the classifier that it is the first part of.
+
+    Args:
+        trunk: The encoder, its tensors named as in that classifier of torchvision, with or without ``features.``.
+        weights: torchvision's name for the classifier's (``IMAGENET1K_V1``, …), or a file: torchvision's, or one of a
+            classifier of the zoo.
+        builder: The classifier's function in ``torchvision.models``; None if torchvision has none.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is unsafe or damaged, or is not of this encoder; it names tensors that do not fit.
+    """
+    state, _ = read_weights(find_weights(weights, builder))
+    given = {key.removeprefix("backbone.network.").removeprefix("features."): value for key, value in state.items()}
+    own = {key: value for key, value in trunk.state_dict().items() if not key.endswith("num_batches_tracked")}
+    fitting = {key: given.get(key.removeprefix("features.")) for key in own}
+    wrong = [key for key, value in fitting.items() if value is None or value.shape != own[key].shape]
+    if wrong:
+        what = f"a {builder}" if builder else "an encoder of this kind"
+        raise ValueError(f"{weights} is not of {what}: {', '.join(wrong[:4])} are missing or of another shape")
+    trunk.load_state_dict(fitting, strict=False)
+    rank_zero_info(f"trunk from {weights}: {len(fitting)} tensors loaded, the rest is fresh")
+
+
 def _read_as_ours(module: LightningModule, weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors under our keys and what the file says of itself; published files get the names of their classes."""
     published: Published | None = getattr(module, "published", None)

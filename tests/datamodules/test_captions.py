@@ -93,6 +93,48 @@ def same(one, other):
     )
 
 
+# Drawn captions
+
+
+def test_so_many_captions_are_drawn_with_their_pictures(album):
+    every = data(album).train_set
+    whole = {(name, text) for name, texts in zip(every.names.tolist(), every.captions, strict=True) for text in texts}
+    seen = set()
+    for seed in range(12):
+        module = data(album, train_captions=9, split_seed=seed)
+        rows, tokens = module.train_set.samples()
+        drawn = [
+            (name, text)
+            for name, texts in zip(module.train_set.names.tolist(), module.train_set.captions, strict=True)
+            for text in texts
+        ]
+        assert len(rows) == len(tokens) == len(drawn) == len(set(drawn)) == 9
+        assert set(drawn) <= whole
+        assert len(module.train_set) == len({name for name, _ in drawn}) == len(module.train_set.images)
+        assert [text(module, row) for row in tokens[:1]] == [f"<START> {' '.join(tokenize(drawn[0][1]))} <END>"]
+        seen |= set(drawn)
+    assert seen == whole, "in some draw each caption is there"
+    again = data(album, train_captions=9, split_seed=3)
+    assert again.train_set.captions == data(album, train_captions=9, split_seed=3).train_set.captions
+
+
+def test_pictures_that_are_taken_keep_their_images_and_tokens(album):
+    whole = data(album).train_set
+    rows, tokens = whole.samples()
+    chosen = np.array([7, 2, 3])
+    some = whole.take(chosen)
+    taken_rows, taken_tokens = some.samples()
+    assert taken_rows.tolist() == [k for k, index in enumerate(chosen) for _ in whole.captions[index]]
+    assert torch.equal(taken_tokens, torch.cat([tokens[rows == index] for index in chosen.tolist()]))
+    assert torch.equal(some.images, whole.images[chosen])
+    assert some.summary(5).startswith("3 pictures, ")
+
+
+def test_more_captions_than_there_are_cannot_be_drawn(album):
+    with pytest.raises(ValueError, match="10000 captions were asked for, and there are"):
+        data(album, train_captions=10_000)
+
+
 # Words
 
 
@@ -514,6 +556,7 @@ def test_named_files_take_the_place_of_those_that_are_found(album):
         ({"max_length": 0}, ValueError, "max_length=0 must be at least 1"),
         ({"min_count": 0}, ValueError, "min_count=0 must be at least 1"),
         ({"val_size": -1}, ValueError, "val_size=-1 must be at least 0"),
+        ({"train_captions": 0}, ValueError, "train_captions=0 must be at least 1"),
         ({"corrupt": "keep"}, ValueError, "corrupt='keep' must be refuse or skip"),
     ],
 )

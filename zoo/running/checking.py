@@ -29,9 +29,11 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from zoo.recipes import RecipeError
+from zoo.running.caching import CacheFeatures
 from zoo.running.nonfinite import NonFiniteLossError, StopOnNonFiniteLoss
 from zoo.running.starting import hushed, prepare
 from zoo.running.views import replaced
+from zoo.tasks.generation import GenerationTask
 
 NEAR, FAR = 0.1, 0.3  # of the initial loss, as shares: a warning beyond the first, wrong beyond the second
 RATIO = (1e-4, 1e-2)  # of the size of an update to that of the weights; the lecture's rule of thumb is 1e-3
@@ -71,8 +73,9 @@ def check(recipe: str, overrides: list[str], steps: int = 50) -> list[Check]:
         cli = prepare("fit", recipe, [*overrides, *without_validation], trial=Path(folder) / "trial")
         weights = cli.config["fit"].model.get("init_args.weights")
         beginning = Beginning(steps, pretrained=weights is not None)
-        # A stop of the recipe's own asks for a validation that is left out here.
-        kept = [callback for callback in cli.trainer.callbacks if not isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
+        # A stop of the recipe's own asks for a validation that is left out here; the pictures themselves are looked at.
+        given: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+        kept = [callback for callback in given if not isinstance(callback, EarlyStopping | CacheFeatures)]
         cli.trainer.callbacks = [*kept, beginning]  # type: ignore[attr-defined]
         diverged = ""
         try:
@@ -153,6 +156,8 @@ class Beginning(Callback):
     def _initial_loss(self, trainer: Trainer, module: LightningModule, batch: Any) -> Check:
         expected = getattr(module, "chance_loss", None)
         name = "initial loss"
+        if not module.automatic_optimization:
+            return Check(name, "", f"{type(module).__name__} takes steps of several optimizers by itself", "skipped")
         if self.pretrained:
             return Check(name, "", "the model starts from weights, which know more than chance", "skipped")
         with torch.no_grad(), _without_dropout(module), _silent(module):
@@ -318,6 +323,8 @@ class _ByHeart(Callback):
 def _by_heart(module: LightningModule, beginning: Beginning, trainer: Trainer, folder: Path) -> Check:
     """Fit a few samples from the same start, with the recipe's optimizer at a constant rate and no regularization."""
     name = _by_heart_of(beginning.few)
+    if isinstance(module, GenerationTask):
+        return Check(name, "", "a generator makes new pictures: it is not to know any by heart", "skipped")
     module.load_state_dict(beginning.initial)
     share, in_words = LEARNT if _truths(beginning.few) is None else LEARNT_OBJECTS
     by_heart = _ByHeart(share)

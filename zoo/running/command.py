@@ -34,7 +34,7 @@ from zoo.running.resume import ExactResume
 from zoo.running.views import TestTimeAugmentation
 
 COMMANDS = ("fit", "validate", "test", "predict")
-LINKED = ("num_classes", "class_names")  # facts of the data that a model is told
+LINKED = ("num_classes", "class_names", "words")  # facts of the data that a model is told
 
 
 class RecipeCLI(LightningCLI):
@@ -142,6 +142,7 @@ class RecipeCLI(LightningCLI):
         if not described:
             raise RecipeError(f"{path} holds no model of the zoo: start from it with --model.init_args.weights {path}")
         arguments = {k: v for k, v in described["arguments"].items() if k not in LINKED}
+        self._keep_words(described["arguments"].get("words"))
         if asked.class_path.rsplit(".", 1)[-1] != described["class_path"].rsplit(".", 1)[-1]:
             raise RecipeError(f"{path} holds a {described['class_path']}, the recipe says {asked.class_path}")
         for key, value in arguments.items():
@@ -150,6 +151,12 @@ class RecipeCLI(LightningCLI):
                 rank_zero_info(f"{key}: {value} from {path} ({before} was asked; --ckpt_path keeps its own)")
             asked.init_args[key] = value
         asked.init_args["weights"] = None
+
+    def _keep_words(self, words: list[str] | None) -> None:
+        """A checkpoint's vocabulary goes to data that can take one: its tokens must mean the same words."""
+        data = self.config[str(self.config.get("subcommand"))].get("data")
+        if words is not None and data is not None and "words" in data.get("init_args", {}):
+            data.init_args["words"] = words
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; what they refuse is a wrong recipe."""

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from zoo.recipes import RecipeError
+from zoo.running.captioned_files import CaptionedFiles
 from zoo.running.checkpoint import replacing
 from zoo.running.classified_files import ClassifiedFiles
 from zoo.running.detected_files import DetectedFiles
 from zoo.running.picture_files import find_pictures, printable
 from zoo.running.pictures import write_png
 from zoo.running.views import Kind
+from zoo.tasks.captioning import CaptioningTask
 from zoo.tasks.classification import ClassificationTask
 from zoo.tasks.detection import DetectionTask
 from zoo.weights import load
@@ -57,10 +59,12 @@ def predict_pictures(
 
     A row of ``predictions.jsonl`` has ``file``, and of a classifier ``top``: pairs of a class's name and its
     probability; of a detector ``objects``, as :meth:`zoo.tasks.detection.DetectionTask.objects` gives them, in pixels
-    of the upright picture. A picture that cannot be read is named and left out.
+    of the upright picture; of a captioner ``caption`` and its ``log_probability``. A picture that cannot be read is
+    named and left out.
 
     Args:
-        weights: A ``.ckpt`` of a run or a ``.safetensors`` weights file of a classifier or a detector of the zoo.
+        weights: A ``.ckpt`` of a run or a ``.safetensors`` weights file of a classifier, a detector or a captioner of
+            the zoo.
         pictures: Files, and folders, which are searched through for files that end like pictures.
         out: The folder.
         top: So many classes of each picture, at most 5; by default 5. For classifiers.
@@ -68,7 +72,7 @@ def predict_pictures(
         score_threshold: Least score of an object. None writes what the model gives by itself, and shows what has 0.5.
             For detectors.
         device: None is a GPU where there is one.
-        batch_size: Pictures at a time; None is 64 for classifiers, 4 for detectors.
+        batch_size: Pictures at a time; None is 4 for detectors, 64 for others.
 
     Returns:
         The number of pictures that could not be read.
@@ -110,8 +114,13 @@ def _predicted(weights: Path, device: str | None, options: dict[str, Any]) -> Pr
     if isinstance(model, DetectionTask):
         _refuse(options, ("top", "test_time_augmentation"), "classifiers", f"{weights} holds a {name}, a detector")
         return DetectedFiles(model.to(device), **options)
+    if isinstance(model, CaptioningTask):
+        said = f"{weights} holds a {name}, a captioner"
+        _refuse(options, ("top", "test_time_augmentation"), "classifiers", said)
+        _refuse(options, ("score_threshold",), "detectors", said)
+        return CaptionedFiles(model.to(device))
     if not isinstance(model, ClassificationTask):
-        raise RecipeError(f"{weights} holds a {name}, which is neither a classifier nor a detector of pictures")
+        raise RecipeError(f"{weights} holds a {name}, which says nothing of pictures")
     _refuse(options, ("score_threshold",), "detectors", f"{weights} holds a {name}, a classifier")
     channels = model.example_input_array.shape[1]
     if channels not in (1, 3):

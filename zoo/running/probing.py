@@ -76,7 +76,7 @@ def probe(model: LightningModule, data: Any, cache: Path, device: torch.device) 
     data.setup("test")
     model.to(device).eval()
     backbone, head = cast(nn.Module, model.backbone), cast(nn.Module, model.head)
-    known = _digest_of(backbone)
+    known = digest_of(backbone)
     splits = {split: features_of(backbone, data, split, known, cache, device) for split in ("train", "val", "test")}
     best: tuple[float, float, nn.Module] | None = None
     for decay in DECAYS:
@@ -155,7 +155,7 @@ def accuracy_of(head: nn.Module, features: Tensor, labels: Tensor) -> float:
     return float((head(features).argmax(1) == labels).float().mean())
 
 
-def _digest_of(backbone: nn.Module) -> str:
+def digest_of(backbone: nn.Module) -> str:
     """A fingerprint of a network's structure and tensors."""
     digest = hashlib.sha256(str(backbone).encode())
     for name, tensor in backbone.state_dict().items():
