@@ -43,6 +43,11 @@ def brute(vertices, points):
     return squares.amin(2).mean(1) + squares.amin(1).mean(1)
 
 
+def both_by_distances(vertices, points, pairs):
+    ways = ((vertices, points), (points, vertices))
+    return [mesh_losses._by_distances(*way, pairs) for way in ways]
+
+
 # Nearest points
 
 SETS = {
@@ -59,20 +64,19 @@ SETS = {
 def test_the_nearest_are_found_by_tree_and_by_distances(name, dtype):
     vertices, points = (side.to(dtype) for side in SETS[name])
     squares = pairwise(vertices, points)
-    ways = [nearest, *(lambda a, b, pairs=pairs: mesh_losses._by_distances(a, b, pairs) for pairs in (1, 200, 2**24))]
-    for way in ways:
-        found = way(vertices, points)
-        assert found.dtype == torch.int64
+    for found, back in [nearest(vertices, points), *(both_by_distances(vertices, points, n) for n in (1, 200, 2**24))]:
+        assert found.dtype == back.dtype == torch.int64
         # Of several as near any will do; what counts is the distance.
-        reached = squares.gather(2, found[..., None])[..., 0]
-        torch.testing.assert_close(reached, squares.amin(2), rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=0)
+        tolerance = {"rtol": 1e-12 if dtype == torch.float64 else 1e-6, "atol": 0}
+        torch.testing.assert_close(squares.gather(2, found[..., None])[..., 0], squares.amin(2), **tolerance)
+        torch.testing.assert_close(squares.gather(1, back[:, None])[:, 0], squares.amin(1), **tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_points_of_half_precision_are_compared_as_they_are(dtype):
     vertices, points = random(1, 40, 3).to(dtype), random(1, 50, 3, seed=1).to(dtype)
     squares = pairwise(vertices, points)
-    for found in (nearest(vertices, points), mesh_losses._by_distances(vertices, points, 300)):
+    for found, _ in (nearest(vertices, points), both_by_distances(vertices, points, 300)):
         torch.testing.assert_close(squares.gather(2, found[..., None])[..., 0], squares.amin(2), rtol=1e-6, atol=0)
 
 
@@ -80,7 +84,8 @@ def test_one_element_of_a_batch_knows_nothing_of_the_others():
     vertices, points = random(4, 30, 3), random(4, 20, 3, seed=1)
     together = nearest(vertices, points)
     for i in range(4):
-        assert torch.equal(together[i : i + 1], nearest(vertices[i : i + 1], points[i : i + 1]))
+        for side, alone in zip(together, nearest(vertices[i : i + 1], points[i : i + 1]), strict=True):
+            assert torch.equal(side[i : i + 1], alone)
 
 
 @pytest.mark.parametrize(

@@ -12,29 +12,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PAIRS = 2**24  # of points whose distances are held at a time on a GPU: 64 MiB
+LEAF = 16  # points of a tree's leaf
 SHORTEST = 1e-6  # length of an edge below which its direction counts for less; the published code's
 
 
-def nearest(points: Tensor, others: Tensor) -> Tensor:
-    """For each of the points the nearest of the others; of several as near, any.
+def nearest(vertices: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """For each vertex the nearest of the points, and for each point the nearest of the vertices; of several, any.
 
-    Exact, and without the N x V x M distances: on a CPU with a tree, elsewhere with all distances of a few points at a
-    time. Where a point is NaN or infinite, the answer is any place.
+    Exact, and without the N x V x M distances: on a CPU with trees, elsewhere with all distances of a few at a time.
+    The trees are no faster than that where one side is a small heap amidst the other. Where a coordinate is NaN or
+    infinite, the answer is any place.
 
     Args:
-        points: float (N, V, 3).
-        others: float (N, M, 3).
+        vertices: float (N, V, 3).
+        points: float (N, M, 3).
 
     Returns:
-        int64 (N, V), places among the M.
+        int64 (N, V), places among the M, and (N, M), places among the V.
 
     Raises:
         ValueError: The shapes do not fit, or there are no points.
         ImportError: The tensors are on a CPU and scipy is not installed.
     """
-    _check(points, others)
-    points, others = points.detach(), others.detach()
-    return _by_tree(points, others) if points.device.type == "cpu" else _by_distances(points, others, PAIRS)
+    _check(vertices, points)
+    vertices, points = vertices.detach(), points.detach()
+    if vertices.device.type == "cpu":
+        return _by_trees(vertices, points)
+    return _by_distances(vertices, points, PAIRS), _by_distances(points, vertices, PAIRS)
 
 
 def _check(points: Tensor, others: Tensor) -> None:
@@ -46,18 +50,21 @@ def _check(points: Tensor, others: Tensor) -> None:
         )
 
 
-def _by_tree(points: Tensor, others: Tensor) -> Tensor:
+def _by_trees(vertices: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     try:
         from scipy.spatial import cKDTree
     except ImportError as error:
         raise ImportError("distances between meshes need scipy: pip install 'zoo[mesh]'") from error
-    # The tree refuses what is not finite; a loss that is NaN is for the run to tell, which knows the batch.
-    here, there = (each.double().nan_to_num(0, 0, 0).numpy() for each in (points, others))
+    # A tree refuses what is not finite; a loss that is NaN is for the run to tell, which knows the batch.
+    sides = [each.double().nan_to_num(0, 0, 0).numpy() for each in (vertices, points)]
     threads = torch.get_num_threads()
-    places = torch.empty(points.shape[:2], dtype=torch.int64)
-    for place, mine, theirs in zip(places, here, there, strict=True):
-        place.copy_(torch.from_numpy(cKDTree(theirs, balanced_tree=False).query(mine, workers=threads)[1]))
-    return places
+    found = [torch.empty(each.shape[:2], dtype=torch.int64) for each in sides]
+    for places, back, *pair in zip(*found, *sides, strict=True):
+        mesh, truth = (cKDTree(each, leafsize=LEAF, balanced_tree=False) for each in pair)
+        for out, own, other in ((places, mesh, truth), (back, truth, mesh)):
+            # Those of a leaf after each other need the same part of the other tree: a fifth of the time is saved.
+            out.numpy()[own.indices] = other.query(own.data[own.indices], workers=threads)[1]
+    return found[0], found[1]
 
 
 def _by_distances(points: Tensor, others: Tensor, pairs: int) -> Tensor:
@@ -91,9 +98,9 @@ def distances(vertices: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]
         ValueError: As for :func:`nearest`.
         ImportError: As for :func:`nearest`.
     """
-    places = nearest(vertices, points)
+    places, back = nearest(vertices, points)
     to_points = (vertices - take(points, places)).square().sum(-1)
-    to_vertices = (points - take(vertices, nearest(points, vertices))).square().sum(-1)
+    to_vertices = (points - take(vertices, back)).square().sum(-1)
     return to_points, to_vertices, places
 
 
