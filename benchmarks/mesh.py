@@ -1,0 +1,334 @@
+"""Chamfer distance, graph convolution and Pixel2Mesh's training step, each beside what it would replace, in one run.
+
+    python benchmarks/mesh.py chamfer [--batch_size 8] [--vertices 2466] [--points 9000] [--device cpu]
+    python benchmarks/mesh.py convolution [--batch_size 4] [--features 256]
+    python benchmarks/mesh.py step [--batch_size 1] [--width 16] [--hidden 256] [--size 224] [--encoder vgg]
+
+chamfer: the Chamfer distance of vertices near a sphere to points on it, and its gradients; each way in a process of its
+own, whose memory is read before and at its highest.
+
+- cdist: ``torch.cdist(…).square()`` and the least of each row and column;
+- cdist, differences: the same with ``compute_mode="donot_use_mm_for_euclid_dist"``, which keeps the digits;
+- zoo: ``chamfer_distance``.
+
+How far each way's gradients are from those of float64 brute force is printed as a share of the largest.
+
+convolution: ``W0 f_i + sum over neighbours of W1 f_j`` on the mesh of 2466 vertices, and its gradients.
+
+- dense: a matmul with the dense adjacency;
+- torch_geometric: its GraphConv, where it is installed;
+- zoo: ``GraphConv``.
+
+sum: the sum over the neighbours alone, by each of torch's ways of having it; this is where GraphConv's was chosen.
+
+step: where the time of a training step goes. There is nothing to compare with.
+
+Rounds are interleaved and the median of each way is compared, since machines are noisy; only ratios mean something.
+Times on a CPU are those of all its threads together.
+
+Measured on 23 November 2026 on two cores of an Intel Xeon at 2.5 GHz that several other processes used as well (torch
+2.14.1, torch_geometric 2.8.1, scipy 1.17.1, one thread):
+
+    chamfer, B=8, V=2466, M=9000           cdist / zoo 82, cdist of differences / zoo 83; medians of three rounds, of
+                                           which zoo's took 93 to 160 ms, cdist's 10.9 to 12.3 s
+    its memory                             cdist 3556 MiB, zoo 4.5 MiB
+    its gradients                          cdist 2e-2 off, cdist of differences and zoo 1e-7
+    convolution, N=4, C=256                dense / zoo 3.3, torch_geometric / zoo 2.1
+    its sum alone                          dense / zoo 18.5, index_add 7.1, padded gather 5.9, sparse 1.3
+    step, vgg, 224 px, batch 1, H=256      forward 26 %, losses 5 %, backward 52 %, optimizer 17 %
+
+Memory and gradients are those of a run before the search went both ways at once. On a GPU nothing was measured.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn, optim
+
+from zoo.pix2mesh import Graph, GraphConv, Pix2MeshNetwork, pool_features, project, published_intrinsics, sphere
+from zoo.tasks.mesh_losses import Pix2MeshLoss, chamfer_distance
+
+PLAIN = {"cdist": "use_mm_for_euclid_dist_if_necessary", "cdist, differences": "donot_use_mm_for_euclid_dist"}
+ROUND = 0.2  # a sphere's radius
+
+
+def report(milliseconds: dict[str, list[float]], setting: str) -> None:
+    """Print the median of each way, and how many times as long as ours it takes."""
+    median = {name: statistics.median(values) for name, values in milliseconds.items()}
+    for name, values in milliseconds.items():
+        print(f"{setting}  {name:24s} {median[name]:9.1f} ms  ({min(values):.1f} to {max(values):.1f})")
+    ratios = [f"{name} / zoo {value / median['zoo']:.1f}" for name, value in median.items() if name != "zoo"]
+    print(f"{setting}  {'   '.join(ratios)}")
+
+
+def clocked(work: Callable[[], object], device: str = "cpu") -> float:
+    """Milliseconds that it takes: on a CPU the processor's, which others on the machine disturb less."""
+    if device == "cpu":
+        start = time.process_time()
+        work()
+        return 1000 * (time.process_time() - start)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start)
+
+
+# Chamfer
+
+
+def generated(batch_size: int, vertices: int, points: int, device: str) -> tuple[Tensor, Tensor]:
+    """Vertices a little off a sphere, and points on it."""
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(batch_size, count, 3, generator=generator) for count in (vertices, points)]
+    mesh, truth = (ROUND * nn.functional.normalize(side, dim=-1) for side in sides)
+    mesh += 0.01 * torch.randn(mesh.shape, generator=generator)
+    return mesh.to(device).requires_grad_(), truth.to(device)
+
+
+def by_cdist(mode: str, vertices: Tensor, points: Tensor) -> Tensor:
+    squares = torch.cdist(vertices, points, compute_mode=mode).square()
+    return squares.amin(2).mean(1) + squares.amin(1).mean(1)
+
+
+def exact_gradients(vertices: Tensor, points: Tensor) -> Tensor:
+    """By brute force in float64, one mesh at a time."""
+    exact = vertices.detach().double().requires_grad_()
+    for mesh, truth in zip(exact, points.double(), strict=True):
+        with torch.no_grad():
+            all_distances = torch.cdist(mesh, truth, compute_mode="donot_use_mm_for_euclid_dist")
+        there, back = all_distances.argmin(1), all_distances.argmin(0)
+        loss = (mesh - truth[there]).square().sum(-1).mean() + (truth - mesh[back]).square().sum(-1).mean()
+        loss.backward()
+    return exact.grad
+
+
+def memory(key: str) -> float:
+    """MiB of this process: VmRSS now, VmHWM the most since it was last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
+
+
+def serve(way: str, arguments: argparse.Namespace, pipe) -> None:
+    """Answer each message with milliseconds and MiB for one run, the first with the gradients' error."""
+    torch.set_num_threads(arguments.threads)
+    sides = generated(arguments.batch_size, arguments.vertices, arguments.points, arguments.device)
+    chamfer = partial(by_cdist, PLAIN[way]) if way in PLAIN else chamfer_distance
+    few = generated(1, 50, 50, arguments.device)
+    chamfer(*few).sum().backward()  # the libraries are loaded
+    while pipe.recv():
+        sides[0].grad = None
+        on_gpu = arguments.device.startswith("cuda")
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() / 2**20
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+            before = memory("VmRSS")
+        spent = clocked(lambda: chamfer(*sides).sum().backward(), arguments.device)
+        peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory("VmHWM")
+        gradients = sides[0].grad.detach().cpu().numpy()
+        pipe.send((spent, peak - before, gradients))
+
+
+def compare_chamfer(arguments: argparse.Namespace) -> None:
+    context = multiprocessing.get_context("spawn")
+    ends, milliseconds, mebibytes, gradients = {}, {}, {}, {}
+    for way in (*PLAIN, "zoo"):
+        ends[way], theirs = context.Pipe()
+        context.Process(target=serve, args=(way, arguments, theirs), daemon=True).start()
+        milliseconds[way], mebibytes[way] = [], []
+    for _ in range(arguments.rounds):
+        for way, end in ends.items():
+            end.send(True)
+            spent, more, gradients[way] = end.recv()
+            milliseconds[way].append(spent)
+            mebibytes[way].append(more)
+    for end in ends.values():
+        end.send(False)
+    setting = f"B={arguments.batch_size}, V={arguments.vertices}, M={arguments.points}"
+    report(milliseconds, setting)
+    exact = exact_gradients(*generated(arguments.batch_size, arguments.vertices, arguments.points, "cpu"))
+    for way, values in mebibytes.items():
+        error = (torch.from_numpy(gradients[way]) - exact).abs().max() / exact.abs().max()
+        print(f"{setting}  {way:24s} {max(values):9.1f} MiB at most, of gradients {error:.0e} off")
+
+
+# Graph convolution
+
+
+def mesh() -> Graph:
+    """The third stage's, of 2466 vertices."""
+    return Graph(sphere()[1]).unpooled().unpooled()
+
+
+def adjacency(graph: Graph) -> Tensor:
+    both = torch.cat([graph.edges, graph.edges.flip(1)])
+    matrix = torch.zeros(len(graph.starts), len(graph.starts))
+    matrix[both[:, 0], both[:, 1]] = 1
+    return matrix
+
+
+def dense(conv: GraphConv, matrix: Tensor, x: Tensor) -> Tensor:
+    """Meshes first, (N, V, C), as one would write it."""
+    return conv.own(x) + matrix @ conv.neighbours(x)
+
+
+def geometric(features: int, graph: Graph) -> Callable[[Tensor], Tensor] | None:
+    try:
+        from torch_geometric.nn import GraphConv as Theirs
+    except ImportError:
+        print("torch_geometric is not installed: it is left out")
+        return None
+    layer, both = Theirs(features, features), torch.cat([graph.edges, graph.edges.flip(1)]).T.contiguous()
+    return lambda x: layer(x, both)  # meshes first, which it takes too
+
+
+def both_directions(work: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    x = x.detach().requires_grad_()
+    y = work(x)
+    y.backward(torch.ones_like(y))
+
+
+def interleaved(ways: dict[str, tuple[Callable, Tensor]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each way with its gradients, after one that does not count."""
+    milliseconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, (work, x) in ways.items():
+            milliseconds[name].append(clocked(partial(both_directions, work, x), str(x.device)))
+    return {name: values[1:] for name, values in milliseconds.items()}
+
+
+def compare_convolution(arguments: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    graph, conv = mesh(), GraphConv(arguments.features, arguments.features)
+    x = torch.randn(len(graph.starts), arguments.batch_size, arguments.features)
+    other = x.transpose(0, 1).contiguous()
+    matrix = adjacency(graph)
+    ways = {"dense": (partial(dense, conv, matrix), other)}
+    if theirs := geometric(arguments.features, graph):
+        ways["torch_geometric"] = (theirs, other)
+    ways["zoo"] = (partial(conv, graph=graph), x)
+    difference = (dense(conv, matrix, other).transpose(0, 1) - conv(x, graph)).abs().max()
+    setting = f"N={arguments.batch_size}, C={arguments.features}"
+    report(interleaved(ways, arguments.rounds), setting)
+    print(f"{setting}  dense and zoo differ by {difference:.0e}")
+    report(interleaved(ways_to_sum(graph, matrix, x, other), arguments.rounds), f"sum, {setting}")
+
+
+def ways_to_sum(graph: Graph, matrix: Tensor, x: Tensor, other: Tensor) -> dict[str, tuple[Callable, Tensor]]:
+    """The sum over the neighbours of features with vertices first, x, or meshes first."""
+    both = torch.cat([graph.edges, graph.edges.flip(1)])
+    to, of = both.unbind(1)
+    vertices, most = len(graph.starts), int(to.bincount().max())
+    padded = torch.full((vertices, most), vertices)
+    ends = torch.cat([graph.starts[1:], torch.tensor([len(graph.neighbours)])])
+    for k in range(most):
+        there = graph.starts + k < ends
+        padded[there, k] = graph.neighbours[graph.starts[there] + k]
+    sparse = matrix.to_sparse_coo().coalesce()
+    rows = matrix.to_sparse_csr()
+
+    def gathered(x: Tensor) -> Tensor:
+        return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[padded].sum(1)
+
+    return {
+        "dense": (lambda x: matrix @ x, other),
+        "index_add, meshes first": (lambda x: torch.zeros_like(x).index_add(1, to, x[:, of]), other),
+        "index_add": (lambda x: torch.zeros_like(x).index_add(0, to, x[of]), x),
+        "padded gather": (gathered, x),
+        "sparse, coordinates": (lambda x: torch.sparse.mm(sparse, x.flatten(1)).view_as(x), x),
+        "sparse, rows": (lambda x: (rows @ x.flatten(1)).view_as(x), x),
+        "zoo": (graph.sum_neighbours, x),
+    }
+
+
+# A training step
+
+
+def parts_of_a_step(network: Pix2MeshNetwork, images: Tensor, truth: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Milliseconds of each part of one step, one after the other."""
+    device = str(images.device)
+    optimizer, loss = optim.Adam(network.parameters(), lr=3e-5), Pix2MeshLoss()
+    spent, held = {}, {}
+
+    def forward() -> None:
+        held["meshes"] = network(images)
+
+    def losses() -> None:
+        edges = [graph.edges for graph in network.graphs]
+        held["loss"] = sum(loss(*held["meshes"], edges, *truth).values())
+
+    steps = {"forward": forward, "losses": losses, "backward": lambda: held["loss"].backward()}
+    for name, work in (steps | {"optimizer": optimizer.step}).items():
+        spent[name] = clocked(work, device)
+    optimizer.zero_grad()
+    with torch.no_grad():  # what the forward pass is made of
+        spent["  encoder"] = clocked(lambda: held.update(maps=network.encoder(images)), device)
+        places = project(held["meshes"].after[1], published_intrinsics(*images.shape[-2:]).to(images))
+        pool = partial(pool_features, held["maps"], network.encoder.strides, places)
+        spent["  pooling at 618 vertices"] = clocked(pool, device)
+        block, graph = network.blocks[2], network.graphs[2]
+        x = torch.randn(len(graph.starts), len(images), block.first.own.in_features, device=images.device)
+        spent["  third deformation"] = clocked(lambda: block(x, graph), device)
+    return spent
+
+
+def split_step(arguments: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    device = arguments.device
+    network = Pix2MeshNetwork(arguments.encoder, arguments.width, arguments.hidden, offsets=True).to(device)
+    images = torch.rand(arguments.batch_size, 3, arguments.size, arguments.size, device=device)
+    points = generated(arguments.batch_size, 1, arguments.points, device)[1]
+    truth = (points + network.centre, points / ROUND)
+    rounds = [parts_of_a_step(network, images, truth) for _ in range(arguments.rounds + 1)][1:]
+    median = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    whole = sum(value for name, value in median.items() if not name.startswith(" "))
+    setting = f"{arguments.encoder}, {arguments.size} px, batch {arguments.batch_size}, H={arguments.hidden}"
+    for name, value in median.items():
+        print(f"{setting}  {name:26s} {value:9.1f} ms  {100 * value / whole:5.1f} % of the step")
+
+
+# The command line
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = parser.add_subparsers(dest="part", required=True)
+    chamfer, convolution, step = (parts.add_parser(name) for name in ("chamfer", "convolution", "step"))
+    for part, rounds, batch_size in ((chamfer, 3, 8), (convolution, 5, 4), (step, 5, 1)):
+        part.add_argument("--rounds", type=int, default=rounds)
+        part.add_argument("--batch_size", type=int, default=batch_size)
+        part.add_argument("--threads", type=int, default=1)
+    for part in (chamfer, step):
+        part.add_argument("--points", type=int, default=9000, help="of the true surface")
+        part.add_argument("--device", default="cpu")
+    chamfer.add_argument("--vertices", type=int, default=2466)
+    convolution.add_argument("--features", type=int, default=256)
+    step.add_argument("--encoder", default="vgg")
+    step.add_argument("--width", type=int, default=16)
+    step.add_argument("--hidden", type=int, default=256)
+    step.add_argument("--size", type=int, default=224)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(arguments.threads)
+    on_gpu = getattr(arguments, "device", "cpu") != "cpu"
+    name = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
+    print(f"torch {torch.__version__}, {name}, {os.cpu_count()} cores; median of {arguments.rounds} rounds")
+    {"chamfer": compare_chamfer, "convolution": compare_convolution, "step": split_step}[arguments.part](arguments)
+
+
+if __name__ == "__main__":
+    main()
