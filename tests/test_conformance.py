@@ -87,7 +87,7 @@ BY_HEART = {
     "captioning": (["train_size 24", "val_size 8", "batch_size 16"], 100, 0.2),
     "classification": (["batch_size 16", "translate 0"], 50, 0.1),
     "detection": (["flip false", "scale_jitter null"], 24, 0.3),
-    "generation": (["batch_size 16"], 80, 0.5),  # the bound of grey pictures does not reach 0
+    "generation": (["batch_size 16"], 240, 0.56),  # the bound of grey pictures does not reach 0
 }
 
 
@@ -325,7 +325,9 @@ def test_two_processes_evaluate_to_the_same_metrics_as_one(name, samples):
         data.eval_batch_size = 4
         trainer = Trainer(**QUIET, accelerator="cpu", strategy=strategy, devices=devices, enable_checkpointing=False)
         metrics.append({k: float(v) for k, v in trainer.test(model, data, verbose=False)[0].items()})
-    assert metrics[0] == pytest.approx(metrics[1], abs=1e-6, nan_ok=True)  # COCO's numbers without objects of a size
+    assert metrics[0] == pytest.approx(
+        metrics[1], rel=1e-6, abs=1e-6, nan_ok=True
+    )  # COCO's numbers without objects of a size
     assert metrics[0]["test/samples"] == samples
 
 

@@ -42,7 +42,8 @@ def installed(tmp_path_factory):
 @pytest.mark.slow
 def test_the_wheel_has_the_packages_and_every_recipe_and_nothing_else(installed):
     _, names = installed
-    recipes = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml")}
+    found = [path for kind in ("*.yaml", "*.safetensors") for path in (ROOT / "recipes").rglob(kind)]
+    recipes = {str(path.relative_to(ROOT)) for path in found}
     sources = {str(path.relative_to(ROOT)) for room in ("zoo", "datamodules") for path in (ROOT / room).rglob("*.py")}
     assert {name for name in names if ".dist-info/" not in name} == recipes | sources
 

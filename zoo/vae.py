@@ -154,6 +154,11 @@ class VAE(GenerationTask):
         """Map codes (N, Z), of a conditional model with labels (N,), to images (N, C, S, S): p(x|z)'s mean."""
         return cast(Tensor, self.decoder(codes, labels)).sigmoid()
 
+    def run_layers(self, codes: Tensor) -> None:
+        """Run the decoder and then the encoder on codes (1, Z), also without values: for the table of their layers."""
+        labels = torch.zeros_like(codes[:, 0], dtype=torch.int64) if self.classes is not None else None
+        self.encoder(self(codes, labels), labels)
+
     def losses(self, images: Tensor, labels: Tensor | None, noise: Tensor) -> dict[str, Tensor]:
         """The negative bound and its two terms, each (N,), at z = mean + deviation * noise.
 

@@ -158,6 +158,12 @@ class GenerationTask(LightningModule):
             raise ValueError(f"labels must be one class, or {n}, each from 0 to {self.classes - 1}")
         return asked.long()
 
+    def run_layers(self, codes: Tensor) -> None:
+        """Run both networks once on codes (1, Z), also without values: for the table of their layers."""
+        labels = torch.zeros_like(codes[:, 0], dtype=torch.int64) if self.classes is not None else None
+        self.eval()
+        self.score(self(codes, labels), labels)
+
     # Training
 
     def configure_callbacks(self) -> list[Callback]:

@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -223,10 +224,23 @@ class GenerationScores(nn.Module):
 
 
 def see(classifier: ClassificationTask, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (N, D) and probabilities (N, classes), float64, of pictures (N, C, H, W) in [0, 1] as they are saved."""
+    """Features (N, D) and probabilities (N, classes), float64, of pictures (N, C, H, W) in [0, 1] as they are saved.
+
+    Pictures of another size are brought to the classifier's.
+
+    Raises:
+        ValueError: It was trained on pictures with another number of channels.
+    """
+    channels, *size = classifier.example_input_array.shape[1:]
+    if images.shape[1] != channels:
+        raise ValueError(f"the classifier wants pictures of {channels} channels, these have {images.shape[1]}")
     classifier.to(images.device)
+    images = as_saved(images)
+    if list(images.shape[2:]) != size:
+        resized = F.interpolate(images, size, mode="bilinear", antialias=True) if len(images) else None
+        images = images.new_zeros(0, channels, *size) if resized is None else resized
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        features = classifier.backbone(as_saved(images)).flatten(1)
+        features = classifier.backbone(images).flatten(1)
         return features, cast(Tensor, classifier.head(features)).softmax(1)
 
 
