@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from datamodules.embedded.scenes import ScenesDataModule
     from datamodules.image_folder import ImageFolderDataModule
     from datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
+    from datamodules.shapenet import ShapeNetDataModule
     from datamodules.voc import VOCDataModule
 
 # Importing Lightning costs seconds, so a class is imported when it is first asked for.
@@ -26,6 +27,7 @@ _MODULES = {
     "ImageFolderDataModule": "datamodules.image_folder",
     "MNISTDataModule": "datamodules.mnist",
     "ScenesDataModule": "datamodules.embedded.scenes",
+    "ShapeNetDataModule": "datamodules.shapenet",
     "VOCDataModule": "datamodules.voc",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "ImageFolderDataModule",
     "MNISTDataModule",
     "ScenesDataModule",
+    "ShapeNetDataModule",
     "VOCDataModule",
 ]
 
