@@ -76,15 +76,15 @@ ENCODERS = {
     "resnet18": Encoder("resnet18", 512, -2),
     "resnet101": Encoder("resnet101", 2048, -2),
 }
-SMALL_WIDTHS = (32, 64, 128)
+SMALL_LAYERS = ((32, 2), (64, 2), (128, 2), (128, 1))  # channels and stride
 
 
 def small_network() -> nn.Sequential:
-    """Three convolutions of stride 2 with batch norm: images (N, 3, H, W) to (N, 128, H / 8, W / 8)."""
+    """Four convolutions with batch norm: images (N, 3, H, W) to (N, 128, H / 8, W / 8), each seeing 31 pixels."""
     layers: list[nn.Module] = []
     before = 3
-    for width in SMALL_WIDTHS:
-        convolution = nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False)
+    for width, stride in SMALL_LAYERS:
+        convolution = nn.Conv2d(before, width, 3, stride, padding=1, bias=False)
         layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         before = width
     return nn.Sequential(*layers)
@@ -137,10 +137,18 @@ class VanillaRNN(nn.Module):
         _with_one_bias(self.recurrence)
         _initialize(self.recurrence)
 
+    def from_input(self, x: Tensor) -> Tensor:
+        """The part of the sum that the input gives, ``x W_x + b``: (..., D) to (..., H)."""
+        w_x, _, b, _ = self.recurrence.all_weights[0]
+        return F.linear(x, w_x, b)
+
+    def from_state(self, h: Tensor) -> Tensor:
+        """The part of the sum that the hidden state gives, ``h W_h``: (..., H) to (..., H)."""
+        return F.linear(h, self.recurrence.all_weights[0][1])
+
     def step(self, x: Tensor, h: Tensor) -> Tensor:
         """One step, with any leading dimensions: input (..., D) and state (..., H) to the next state (..., H)."""
-        w_x, w_h, b, _ = self.recurrence.all_weights[0]
-        return torch.tanh(F.linear(x, w_x, b) + F.linear(h, w_h))
+        return torch.tanh(self.from_input(x) + self.from_state(h))
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         """Map inputs (N, T, D) and the initial state (N, H) to the states after each step (N, T, H)."""
@@ -486,8 +494,9 @@ class CaptioningNetwork(nn.Module):
             raise ValueError(f"length_penalty={length_penalty} must not be negative")
         beams = _Beams(features, width, max_length, isinstance(self.cell, AttentionLSTM))
         state, keys = self._start(features, width)
+        inputs = self._inputs(len(features) * width * max_length)
         while not beams.full and not beams.settled(length_penalty):
-            log_p, state, looks = self._next(beams.last, state, keys)
+            log_p, state, looks = self._next(inputs(beams.last), state, keys)
             totals = beams.totals(log_p)
             parents, tokens = beams.candidates(totals, length_penalty)
             state = (_select(state[0], parents), _select(state[1], parents))
@@ -498,8 +507,9 @@ class CaptioningNetwork(nn.Module):
         """Caption by choosing each token (N, 1) from its log-probabilities (N, V)."""
         beams = _Beams(features, 1, max_length, isinstance(self.cell, AttentionLSTM))
         state, keys = self._start(features, 1)
+        inputs = self._inputs(len(features) * max_length)
         while not beams.full and not bool(beams.ended.all()):
-            log_p, state, looks = self._next(beams.last, state, keys)
+            log_p, state, looks = self._next(inputs(beams.last), state, keys)
             tokens = choose(log_p[:, 0]).masked_fill(beams.ended, NULL)
             beams.extend(torch.zeros_like(tokens), tokens, beams.totals(log_p), looks)
         return beams.best(length_penalty=0.0)
@@ -517,19 +527,26 @@ class CaptioningNetwork(nn.Module):
         h, c = (part[:, None].expand(-1, width, -1) for part in state)
         return (h, c), keys
 
+    def _inputs(self, uses: int) -> Callable[[Tensor], Tensor]:
+        """From tokens (N, K) to what the cell makes of their words; for all words at once where they are fewer."""
+        cell = self.cell.lstm if isinstance(self.cell, AttentionLSTM) else self.cell
+        from_input = cast(VanillaRNN | LSTM, cell).from_input
+        if uses <= self.words.num_embeddings:
+            return lambda tokens: from_input(self.words(tokens))
+        return from_input(self.words.weight).__getitem__
+
     def _next(
-        self, tokens: Tensor, state: tuple[Tensor, Tensor], keys: Tensor | None
+        self, from_input: Tensor, state: tuple[Tensor, Tensor], keys: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-        """From the last tokens (N, K): log-probabilities of the next (N, K, V), states, and attention (N, K, P)."""
-        vectors = self.words(tokens)
+        """From the last words (N, K, …): log-probabilities of the next (N, K, V), states, and attention (N, K, P)."""
         h, c = state
         weights = None
         if isinstance(self.cell, AttentionLSTM) and keys is not None:
-            h, c, weights = self.cell.advance(self.cell.lstm.from_input(vectors), h, c, keys)
+            h, c, weights = self.cell.advance(from_input, h, c, keys)
         elif isinstance(self.cell, LSTM):
-            h, c = self.cell.step(vectors, h, c)
+            h, c = self.cell.gates(from_input + self.cell.from_state(h), c)
         else:
-            h = cast(VanillaRNN, self.cell).step(vectors, h)
+            h = torch.tanh(from_input + cast(VanillaRNN, self.cell).from_state(h))
         scores = self.scores(h)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         scores[..., [NULL, START]] = -torch.inf
@@ -551,7 +568,7 @@ class CaptioningLSTM(CaptioningTask):
             None is the assignment's 864, without their names, to look at the network.
         cell: The recurrent cell: ``rnn`` and ``lstm`` see the image once, ``attention`` at every word.
         network: The image encoder: ``mobilenet_v2`` is the assignment's, ``googlenet`` that of Show and Tell, ``vgg19``
-            that of Show, Attend and Tell; ``small`` is three convolutions, for small pictures and to be trained.
+            that of Show, Attend and Tell; ``small`` is four convolutions, for small pictures and to be trained.
         frozen_backbone: Leave the encoder as it is; else it is trained with the rest.
         grid: Side S of the grid of features, to which they are averaged; None leaves what the encoder gives.
         scaled_features: Divide the features at each place by the root of their mean square. The assignment does not;
@@ -603,7 +620,7 @@ class CaptioningLSTM(CaptioningTask):
             self.backbone.append(nn.AdaptiveAvgPool2d(grid))
         if scaled_features:
             self.backbone.append(ScaledFeatures())
-        channels = SMALL_WIDTHS[-1] if encoder is None else encoder.channels
+        channels = SMALL_LAYERS[-1][0] if encoder is None else encoder.channels
         self.head = CaptioningNetwork(len(vocabulary), cell, channels, wordvec_dim, hidden_dim, dropout)
         self.backbone.to(memory_format=torch.channels_last)
         self.backbone.requires_grad_(not frozen_backbone)

@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 COLUMNS = 4
 LETTERS = 36  # of a line below a picture
-REFERENCES = 2  # people's captions below the network's
+REFERENCES = 2  # shown below a caption
 WORDS = 20  # of a caption whose attention is shown
 
 
 def captions_figure(
     images: list[Tensor], captions: list[str], references: list[list[str]] | None, title: str = ""
 ) -> "Figure":
-    """A sheet of pictures, below each its caption, and in grey the first two that people gave it.
+    """A sheet of pictures, below each its caption, and in grey the first two of its references.
 
     Args:
         images: N of (3, H, W) in [0, 1].
         captions: A caption for each.
-        references: People's captions of each, if they are known.
+        references: The captions that each is held against, if there are any.
         title: Heading of the sheet.
     """
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ def captions_figure(
     texts = [_below(caption, references[k] if references else []) for k, caption in enumerate(captions)]
     lines = max([own.count("\n") + others.count("\n") + 2 for own, others in texts], default=1)
     figure = Figure(figsize=(max(2.6 * columns, 5.0), (2.5 + 0.15 * lines) * rows + 0.5), layout="constrained")
-    heading = title or ("captions; in grey, what people wrote" if references else "captions")
+    heading = title or ("captions; in grey, what they are held against" if references else "captions")
     figure.suptitle(heading if images else f"{heading}: none", fontsize=11)
     for place, (image, (own, others)) in enumerate(zip(images, texts, strict=True), start=1):
         axes = figure.add_subplot(rows, columns, place)
@@ -80,7 +80,7 @@ def attention_figure(images: list[Tensor], captions: list[list[str]], attention:
 
 
 def _below(caption: str, references: list[str]) -> tuple[str, str]:
-    """The lines of a caption and those of people's."""
+    """The lines of a caption and those of its references."""
     others = [textwrap.fill(text.strip(), LETTERS + 8) for text in references[:REFERENCES]]
     return textwrap.fill(caption or "(no words)", LETTERS), "\n".join(others)
 
