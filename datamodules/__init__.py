@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from datamodules.embedded.captioned_scenes import CaptionedScenesDataModule
     from datamodules.embedded.digits import DigitsDataModule
     from datamodules.embedded.scenes import ScenesDataModule
+    from datamodules.embedded.shapes import ShapesDataModule
     from datamodules.image_folder import ImageFolderDataModule
     from datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
     from datamodules.shapenet import ShapeNetDataModule
@@ -28,6 +29,7 @@ _MODULES = {
     "MNISTDataModule": "datamodules.mnist",
     "ScenesDataModule": "datamodules.embedded.scenes",
     "ShapeNetDataModule": "datamodules.shapenet",
+    "ShapesDataModule": "datamodules.embedded.shapes",
     "VOCDataModule": "datamodules.voc",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "MNISTDataModule",
     "ScenesDataModule",
     "ShapeNetDataModule",
+    "ShapesDataModule",
     "VOCDataModule",
 ]
 
