@@ -1,8 +1,10 @@
 import builtins
 import csv
+import multiprocessing
 import os
 import pickle
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -250,6 +252,42 @@ def test_a_trainer_trains_and_validates(shelf):
     Trainer(max_epochs=2, callbacks=[taken], **QUIET).fit(Small(), module)
     assert len(taken.batches) == 2 * 2  # nine views in batches of four
     assert all(batch["image"].shape == (4, 3, 16, 16) for batch in taken.batches)
+
+
+class Counts(LightningModule):
+    """Counts what is tested, and how often each view was, over all processes."""
+
+    def on_test_epoch_start(self):
+        self.seen = torch.zeros(256 * 256)
+
+    def test_step(self, batch, index):
+        images = (batch["image"][:, :, 8, 8] * 255).round().long()
+        self.seen.index_add_(0, images[:, 0] * 256 + images[:, 2], torch.ones(len(images)))
+
+    def on_test_epoch_end(self):
+        seen = self.trainer.strategy.reduce(self.seen, reduce_op="sum")
+        self.log_dict({"views": seen.sum(), "different": (seen > 0).float().sum(), "most": seen.max()})
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("auto", 1), ("ddp_fork", 2)])
+@pytest.mark.parametrize("cache", [True, False])
+def test_processes_leave_out_the_same_and_test_the_others_once(shelf, strategy, devices, cache):
+    broken(shelf, "nan")
+    (shelf / "ShapeNetRendering" / CHAIR / "c3" / "rendering" / "02.png").write_bytes(b"none")
+    module = data(shelf, stage=None, corrupt="skip", cache=cache, workers=2, test_size=4)
+    trainer = Trainer(**QUIET, strategy=strategy, devices=devices, enable_checkpointing=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = trainer.test(Counts(), module, verbose=False)[0]
+    left = sum({"a1": 3, "b2": 0, "c3": 2, "d4": 3, "e5": 3}[name] for name in drawn(shelf, 4))
+    assert results == {"views": left, "different": left, "most": 1}
+    assert not multiprocessing.active_children(), "workers outlived their run"
+
+
+def drawn(shelf, test_size):
+    """The models that are drawn for testing, without the one of which no points can be sampled."""
+    order = np.random.default_rng(0).permutation(5)[:test_size]
+    return [["a1", "b2", "c3", "d4", "e5"][number] for number in order]
 
 
 def test_the_mesh_of_a_view_is_where_its_points_are(shelf):
