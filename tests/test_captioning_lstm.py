@@ -1,17 +1,23 @@
 """The captioning network against torch, the lecture's formulas, exhaustive search and cases by hand; its weights."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+import yaml
 from lightning import Trainer
+from PIL import Image
 from torch import nn
 
 import zoo
 from zoo.captioning_lstm import LSTM, AttentionLSTM, CaptioningLSTM, CaptioningNetwork, VanillaRNN
+from zoo.cli import main
+from zoo.layer_table import layer_table
 from zoo.tasks.captioning import END, NULL, SPECIAL, START, captioning_loss
 
 CELLS = ("rnn", "lstm", "attention")
@@ -611,3 +617,79 @@ def test_dropout_is_for_training_alone():
     assert torch.equal(model.scores(images, tokens), model.scores(images, tokens))
     model.train()
     assert not torch.equal(model.scores(images, tokens), model.scores(images, tokens))
+
+
+@pytest.mark.parametrize(("cell", "gates"), [("rnn", 1), ("lstm", 4), ("attention", 4)])
+def test_the_layer_table_has_every_parameter_and_a_steps_products(cell, gates):
+    model = CaptioningLSTM(cell=cell)
+    rows = layer_table(model, model.example_input_array)
+    head = {row.name: row for row in rows if row.name.startswith("head.")}
+    assert sum(row.parameters for row in head.values()) == sum(p.numel() for p in model.head.parameters())
+    recurrence = next(row for name, row in head.items() if name.endswith("recurrence"))
+    assert recurrence.output == (1, 512)
+    assert recurrence.multiply_adds == (256 + 512) * gates * 512
+
+
+# From the command line
+
+
+@pytest.fixture
+def albums(tmp_path):
+    """Two folders of pictures whose captions have different words."""
+    rng = np.random.default_rng(0)
+    for name, texts in (("one", ["a dog runs", "a cat sits"]), ("other", ["the horse stands here", "a dog sleeps"])):
+        folder = tmp_path / name
+        (folder / "train").mkdir(parents=True)
+        images, annotations = [], []
+        for number in range(8):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "train" / f"{number}.png")
+            images.append({"id": number, "file_name": f"{number}.png"})
+            annotations.append({"image_id": number, "id": number, "caption": texts[number % 2]})
+        (folder / "captions_train.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    recipe = {
+        "expect": [{"metric": "test/cider", "at_least": 0, "source": "nobody"}],
+        "seed_everything": 0,
+        "model": {"class_path": "zoo.CaptioningLSTM", "init_args": SMALL},
+        "data": {
+            "class_path": "datamodules.COCOCaptionsDataModule",
+            "init_args": {"root": "one", "size": 32, "min_count": 1, "batch_size": 4, "val_size": 2, "workers": 0},
+        },
+        "trainer": {"max_epochs": 1, "log_every_n_steps": 1},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path
+
+
+def test_a_checkpoint_keeps_its_words_on_other_data(albums):
+    assert main(["fit", "mine.yaml"]) == 0
+    checkpoint = "runs/mine/version_0/checkpoints/last.ckpt"
+    words = zoo.load(checkpoint).words
+    assert set(words) == {*SPECIAL, "a", "dog", "cat", "runs", "sits"}
+    assert main(["test", "mine.yaml", "--ckpt_path", checkpoint, "--data.init_args.root", "other"]) == 0
+    config = yaml.safe_load(Path("runs/mine/version_1/config.yaml").read_text())
+    assert config["data"]["init_args"]["words"] == words
+
+
+def test_words_of_other_data_are_learnt_from_weights(albums, caplog):
+    assert main(["fit", "mine.yaml"]) == 0
+    weights = ["--model.init_args.weights", "runs/mine/version_0/checkpoints/last.ckpt"]
+    assert main(["fit", "mine.yaml", "--data.init_args.root", "other", *weights]) == 0
+    assert "head.words.weight: 6 of 11 rows kept by class name" in caplog.text
+    other = zoo.load("runs/mine/version_1/checkpoints/last.ckpt").words
+    assert set(other) == {*SPECIAL, "a", "dog", "sleeps", "the", "horse", "stands", "here"}
+
+
+def test_words_cannot_be_given_by_hand(albums, capsys):
+    assert main(["fit", "mine.yaml", "--model.init_args.words", "[a]"]) == 2
+    assert "--model.init_args.words comes from the data" in capsys.readouterr().err
+
+
+def test_zoo_check_looks_at_pictures_and_not_at_kept_features(albums, capsys):
+    recipe = yaml.safe_load(Path("mine.yaml").read_text())
+    recipe["trainer"]["callbacks"] = [{"class_path": "zoo.running.caching.CacheFeatures"}]
+    Path("mine.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["check", "mine.yaml", "--steps", "4"]) in (0, 1)
+    output = capsys.readouterr().out
+    assert "samples by heart" in output
+    assert not Path("data").exists()
