@@ -123,7 +123,9 @@ class CaptionedPictures:
         """
         places = [(picture, place) for picture, texts in enumerate(self.captions) for place in range(len(texts))]
         if count > len(places):
-            raise ValueError(f"{count} captions were asked for, and there are {len(places)}")
+            raise ValueError(
+                f"train_captions={count} asks for more captions than the {len(places)} of the training pictures"
+            )
         kept: dict[int, list[str]] = {}
         for index in np.sort(np.random.default_rng(seed).permutation(len(places))[:count]).tolist():
             picture, place = places[index]

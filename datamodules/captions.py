@@ -245,8 +245,10 @@ class COCOCaptionsDataModule(LightningDataModule):
         return self._evaluation_loader(self.test_set)
 
     def evaluation_dataloader(self, split: Split) -> "CaptionLoader":
-        """The pictures of a split in order, as an evaluation sees them: also those of training."""
-        return self._evaluation_loader(self._set(split))
+        """All pictures of a split in order, on each process, as an evaluation sees them: also those of training."""
+        pictures = _set_up(self._set(split))
+        batches = EvaluationBatches(len(pictures), self.eval_batch_size)
+        return self._loader(pictures, pictures.firsts(), batches, references=True)
 
     def fingerprint(self, split: Split) -> str:
         """A text that changes when a picture of a split, its captions, or what becomes of them changes."""

@@ -481,6 +481,23 @@ def test_arguments_that_make_no_sense_are_named():
         network.greedy(features, max_length=0)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"network": "vgg16"}, "network='vgg16' is not one of mobilenet_v2, .*, small"),
+        ({"cell": "gru"}, "cell='gru' is not one of"),
+        ({"grid": 0}, "grid=0 must be at least 1"),
+        ({"image_size": 0}, "image_size=0 must be at least 1"),
+        ({"beam_width": 0}, "beam_width=0 must be at least 1"),
+        ({"max_length": 0}, "max_length=0 must be at least 1"),
+        ({"length_penalty": -1.0}, "length_penalty=-1.0 must not be negative"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_before_training(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        CaptioningLSTM(WORDS, **SMALL | wrong)
+
+
 # The architecture: encoder, words, checkpoints
 
 WORDS = [*SPECIAL, "a", "dog", "cat", "on", "the", "grass"]

@@ -585,6 +585,10 @@ class CaptioningLSTM(CaptioningTask):
             alone.
         optimizer: Makes the optimizer from the parameters. Default: the assignment's.
         scheduler: Makes the schedule from the optimizer and the run's number of steps. Default: none.
+
+    Raises:
+        FileNotFoundError: A weights file is missing.
+        ValueError: A value is out of range, ``words`` is no vocabulary, or a weights file does not fit.
     """
 
     def __init__(
@@ -609,6 +613,14 @@ class CaptioningLSTM(CaptioningTask):
     ) -> None:
         vocabulary = [*SPECIAL, *map(str, range(len(SPECIAL), ASSIGNMENT_WORDS))] if words is None else words
         super().__init__(vocabulary, optimizer, scheduler)
+        if network not in (*ENCODERS, "small"):
+            raise ValueError(f"network={network!r} is not one of {', '.join(ENCODERS)}, small")
+        least = {"grid": grid or int(grid is None), "image_size": image_size, "beam_width": beam_width}
+        for name, value in (least | {"max_length": max_length}).items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if length_penalty < 0:
+            raise ValueError(f"length_penalty={length_penalty} must not be negative")
         self.example_input_array = torch.zeros(1, 3, image_size, image_size)
         self.frozen_backbone = frozen_backbone
         self.decoding = (beam_width, length_penalty, max_length)

@@ -131,7 +131,7 @@ def test_pictures_that_are_taken_keep_their_images_and_tokens(album):
 
 
 def test_more_captions_than_there_are_cannot_be_drawn(album):
-    with pytest.raises(ValueError, match="10000 captions were asked for, and there are"):
+    with pytest.raises(ValueError, match="train_captions=10000 asks for more captions than the"):
         data(album, train_captions=10_000)
 
 

@@ -233,6 +233,19 @@ def test_a_frozen_backbone_is_not_moved_by_its_average():
     assert changed == {"head.weight", "head.bias"}
 
 
+@pytest.mark.parametrize("by_callback", [True, False])
+def test_swa_leaves_the_statistics_of_a_frozen_backbone(by_callback):
+    """Lightning's forgets those of every batch norm, for an epoch that renews them; a frozen one it would not renew."""
+    model = Tiny()
+    nn.init.normal_(model.backbone[1].running_mean)
+    model.backbone.requires_grad_(by_callback).train(by_callback)
+    before, weights = state(model.backbone), state(model.head)
+    fit([*[FreezeBackbone()] * by_callback, SWA(0.4, 0.25, 1)], model=model)
+    assert_same(state(model.backbone), before)
+    assert not torch.equal(model.head.weight, weights["weight"])
+    assert model.backbone[1].momentum == 0.1
+
+
 @pytest.mark.parametrize("norm", [True, False])
 def test_swa_is_the_mean_of_the_weights_at_the_start_of_the_last_epochs(tmp_path, norm):
     watch = Watch()

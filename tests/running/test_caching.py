@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from datamodules import COCOCaptionsDataModule, DigitsDataModule
 from zoo import CaptioningLSTM, LeNet
 from zoo.running.caching import CacheFeatures
+from zoo.running.freezing import FreezeBackbone
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
 SMALL = {"network": "small", "image_size": 32, "wordvec_dim": 8, "hidden_dim": 16}
@@ -41,13 +43,13 @@ def data_of(root):
     return COCOCaptionsDataModule(str(root), size=32, min_count=1, batch_size=8, workers=0)
 
 
-def train(root, callbacks, seed=0, **options):
+def train(root, callbacks, seed=0, trainer=None, **options):
     """A fresh model after two epochs on the pictures, or on their features."""
     seed_everything(seed, verbose=False)
     data = data_of(root)
     model = CaptioningLSTM(data.words, **SMALL | options)
     seed_everything(1, verbose=False)
-    trainer = Trainer(**QUIET, max_epochs=2, callbacks=callbacks, num_sanity_val_steps=1)
+    trainer = Trainer(**QUIET | {"max_epochs": 2, "callbacks": callbacks, "num_sanity_val_steps": 1} | (trainer or {}))
     trainer.fit(model, data)
     return model, data, trainer
 
@@ -76,6 +78,24 @@ def test_the_files_hold_what_the_encoder_makes_of_each_picture(root):
             with torch.no_grad():
                 found = model.eval().features(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_train_on_the_features_of_all_pictures_as_one_does(root):
+    one, _, _ = train(root, [CacheFeatures(str(root / "one"))])
+    ddp = {"accelerator": "cpu", "strategy": "ddp_fork", "devices": 2}
+    two, _, _ = train(root, [CacheFeatures(str(root / "two"))], trainer=ddp)
+    assert [path.name for path in files(root / "two")] == [path.name for path in files(root / "one")]
+    for found, expected in zip(files(root / "two"), files(root / "one"), strict=True):
+        torch.testing.assert_close(load_file(found)["features"], load_file(expected)["features"])
+    for (name, value), expected in zip(two.state_dict().items(), one.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_process_that_does_not_see_the_file_says_so(tmp_path):
+    strategy = SimpleNamespace(barrier=lambda name: None)
+    second = SimpleNamespace(is_global_zero=False, global_rank=1, strategy=strategy)
+    with pytest.raises(FileNotFoundError, match=r"process 1 does not see .*that all machines share"):
+        CacheFeatures(str(tmp_path))._features(second, torch.nn.Identity(), "train", tmp_path / "f.safetensors")
 
 
 def test_features_are_computed_once_for_the_same_pictures_and_encoder(root):
@@ -141,6 +161,26 @@ def test_a_damaged_file_is_an_error_that_names_it(root):
 def test_an_encoder_that_is_trained_is_refused(root):
     with pytest.raises(ValueError, match=r"a backbone that stands still, and network\.0\.weight is trained"):
         train(root, [CacheFeatures(str(root / "features"))], frozen_backbone=False)
+
+
+def test_an_encoder_that_will_be_trained_is_refused(root):
+    callbacks = [FreezeBackbone(until_epoch=1), CacheFeatures(str(root / "features"))]
+    with pytest.raises(ValueError, match=r"a backbone that stands still, and network\.0\.weight is trained"):
+        train(root, callbacks, frozen_backbone=False)
+    assert not (root / "features").exists()
+
+
+def test_an_encoder_that_a_callback_freezes_for_ever_is_looked_at_as_in_an_evaluation(root):
+    frozen, _, _ = train(root, [CacheFeatures(str(root / "features"))])
+    by_callback, _, _ = train(root, [FreezeBackbone(), CacheFeatures(str(root / "features"))], frozen_backbone=False)
+    for name, value in by_callback.state_dict().items():
+        torch.testing.assert_close(value, frozen.state_dict()[name], msg=name)
+    assert len(files(root / "features")) == 2
+
+
+def test_a_fast_run_sees_pictures(root):
+    train(root, [CacheFeatures(str(root / "features"))], trainer={"fast_dev_run": True})
+    assert not (root / "features").exists()
 
 
 def test_data_that_cannot_take_features_is_refused(tmp_path):

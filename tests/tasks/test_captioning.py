@@ -103,6 +103,27 @@ def test_validation_logs_the_same_scores_and_a_checkpoint_may_follow_them():
     assert Oracle(WORDS).monitor in measured
 
 
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_an_evaluation_after_one_that_was_broken_off_counts_its_own_pictures(stage):
+    class BreaksOff(Oracle):
+        left = 1
+
+        def caption(self, images):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyError("on purpose")
+            return super().caption(images)
+
+    task = BreaksOff(WORDS)
+    with pytest.raises(KeyError, match="on purpose"):
+        getattr(Trainer(**QUIET, logger=False), stage)(task, Pictures([[5, 4], [3]]), verbose=False)
+    task.left = 3
+    data = Pictures([[0, 1, 2], [3, 4], [5]])
+    (measured,) = getattr(Trainer(**QUIET, logger=False), stage)(task, data, verbose=False)
+    name = "val/cider" if stage == "validate" else "test/cider"
+    assert measured[name] == pytest.approx(official(SENTENCES, REFERENCES)["cider"], abs=1e-6)
+
+
 def test_the_loss_is_summed_over_words_and_leaves_out_what_is_behind_the_end():
     scores = torch.randn(3, 5, 11, dtype=torch.float64)
     targets = torch.tensor([[4, 5, END, NULL, NULL], [END, NULL, NULL, NULL, NULL], [4, 5, 6, 7, 8]])
@@ -179,6 +200,13 @@ def test_pictures_of_nothing_are_drawn_too():
     assert to_png(attention_figure([], [], [])).startswith(b"\x89PNG")
     images = list(torch.rand(1, 3, 8, 8))
     assert to_png(attention_figure(images, [[]], [torch.zeros(3, 2, 2)])).startswith(b"\x89PNG")
+
+
+def test_signs_of_money_are_no_formula():
+    """Two dollars in a text are a formula to matplotlib, which cannot set all of them."""
+    images, texts = list(torch.rand(1, 3, 8, 8)), ["from $5^a^b to $6"]
+    assert to_png(captions_figure(images, texts, [texts])).startswith(b"\x89PNG")
+    assert to_png(attention_figure(images, [["$5^a^b$"]], [torch.ones(1, 2, 2)])).startswith(b"\x89PNG")
 
 
 def test_attention_lights_the_place_that_was_looked_at():

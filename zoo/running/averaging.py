@@ -11,6 +11,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import SequentialLR
 
 from zoo.running.checkpoint import KeepLast
@@ -109,12 +110,28 @@ class SWA(StochasticWeightAveraging):
             warnings.filterwarnings("ignore", "SWA is currently only supported every epoch")
             super().on_train_epoch_start(trainer, pl_module)
 
+    @staticmethod
+    def pl_module_contains_batch_norm(pl_module: LightningModule) -> bool:
+        """Whether there are statistics to renew."""
+        return bool(_moving_norms(pl_module))
+
+    def reset_batch_norm_and_save_state(self, pl_module: LightningModule) -> None:
+        """Forget the statistics that the additional epoch renews; nothing would bring those of a frozen backbone back."""
+        self.momenta = {norm: norm.momentum for norm in _moving_norms(pl_module)}
+        for norm in self.momenta:
+            norm.reset_running_stats()
+            norm.momentum = None
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the average in place and save it."""
         super().on_train_end(trainer, pl_module)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, KeepLast) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 trainer.save_checkpoint(callback.path, weights_only=False)
+
+
+def _moving_norms(module: LightningModule) -> list[_BatchNorm]:
+    return [each for each in module.modules() if isinstance(each, _BatchNorm) and each.training]
 
 
 class Snapshots(Checkpoint):

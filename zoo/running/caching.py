@@ -24,14 +24,16 @@ class CacheFeatures(Callback):
     made of the backbone's tensors and structure, of the precision, and of each picture's name, size, time of change
     and order: another encoder, other weights or other pictures make another file, and none goes stale.
 
-    A test sees the pictures themselves.
+    All of a split's features are in memory, in each process. A test sees the pictures themselves, and so does a
+    ``fast_dev_run``.
 
     Args:
-        folder: Where the files are kept.
+        folder: Where the files are kept; of several machines, on a disk that all of them see.
 
     Raises:
-        ValueError: The backbone is trained, the data module has no pictures whose place features can take, or a file
-            is damaged.
+        FileNotFoundError: A process does not see what the first one has written.
+        ValueError: The backbone is trained, now or later, the data module has no pictures whose place features can
+            take, or a file is damaged.
     """
 
     def __init__(self, folder: str = "data/features") -> None:
@@ -40,8 +42,12 @@ class CacheFeatures(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put features in place of pictures: those of the files if they are there."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         backbone = cast(nn.Module, pl_module.backbone)
-        if trained := [name for name, p in backbone.named_parameters() if p.requires_grad]:
+        # FreezeBackbone hands the optimizer what it will release: that has no gradient yet.
+        later = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        if trained := [name for name, p in backbone.named_parameters() if p.requires_grad or id(p) in later]:
             raise ValueError(
                 f"CacheFeatures needs a backbone that stands still, and {trained[0]} is trained: set "
                 "frozen_backbone true, or leave CacheFeatures out"
@@ -84,6 +90,11 @@ class CacheFeatures(Callback):
             with replacing(path) as partial:
                 save_file({"features": features}, partial)
         trainer.strategy.barrier("features")
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"process {trainer.global_rank} does not see {path}, which the first process wrote: set CacheFeatures' "
+                "folder to one on a disk that all machines share"
+            )
         try:
             features = load_file(path)["features"]
         except (SafetensorError, KeyError, OSError) as error:
@@ -96,9 +107,13 @@ class CacheFeatures(Callback):
 def _computed(trainer: Trainer, backbone: nn.Module, split: str) -> Tensor:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     device = trainer.strategy.root_device
+    modes = [(module, module.training) for module in backbone.modules()]
+    backbone.eval()  # what FreezeBackbone freezes is put into this mode later
     features = []
     for batch in data.evaluation_dataloader(split):
         images = data.on_after_batch_transfer(data.transfer_batch_to_device(batch, device, 0), 0)[0]
         with trainer.precision_plugin.val_step_context():
             features.append(backbone(images).cpu().contiguous())
+    for module, training in modes:
+        module.training = training
     return torch.cat(features)

@@ -40,10 +40,10 @@ def captions_figure(
     for place, (image, (own, others)) in enumerate(zip(images, texts, strict=True), start=1):
         axes = figure.add_subplot(rows, columns, place)
         _show(axes, image)
-        axes.set_title(own, fontsize=8.5, y=0, pad=-6, va="top")
+        axes.set_title(own, fontsize=8.5, y=0, pad=-6, va="top", parse_math=False)
         offset = -12 - 11 * (own.count("\n") + 1)
         axes.annotate(others, (0.5, 0), (0, offset), xycoords="axes fraction", textcoords="offset points",
-                      ha="center", va="top", fontsize=7, color="dimgrey")  # fmt: skip
+                      ha="center", va="top", fontsize=7, color="dimgrey", parse_math=False)  # fmt: skip
     return figure
 
 
@@ -74,7 +74,7 @@ def attention_figure(images: list[Tensor], captions: list[list[str]], attention:
         for k, (word, look) in enumerate(zip(words, looks, strict=False), start=1):
             axes = figure.add_subplot(grid[row + k // columns, k % columns])
             _show(axes, image, look)
-            axes.set_title(f"{word}  ×{float(look.max()) * look.numel():.1f}", fontsize=8)
+            axes.set_title(f"{word}  ×{float(look.max()) * look.numel():.1f}", fontsize=8, parse_math=False)
         row += height
     return figure
 

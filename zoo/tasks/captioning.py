@@ -148,6 +148,11 @@ class CaptioningTask(LightningModule):
             self.log("train/loss", loss, prog_bar=True)
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        """Count from the beginning, also after an evaluation that was broken off."""
+        self.val_scores.reset()
+        self._counted = 0
+
     def validation_step(self, batch: tuple[Tensor, Tensor, list[list[str]]], batch_idx: int) -> None:
         """Count a batch of the validation split."""
         self._count(batch, self.val_loss, self.val_scores)
@@ -160,10 +165,11 @@ class CaptioningTask(LightningModule):
         self.log("val/bleu_4", scores["bleu_4"], rank_zero_only=False, sync_dist=False)
         self.log("val/cider", scores["cider"], prog_bar=True, rank_zero_only=False, sync_dist=False)
         self.val_scores.reset()
-        self._counted = 0
 
     def on_test_epoch_start(self) -> None:
-        """Draw the same pictures again."""
+        """Count from the beginning, also after an evaluation that was broken off, and draw the same pictures again."""
+        self.test_scores.reset()
+        self._counted, self._shown, self._looks = 0, [], []
         self._draw.manual_seed(0)
 
     def test_step(self, batch: tuple[Tensor, Tensor, list[list[str]]], batch_idx: int) -> None:
@@ -193,7 +199,7 @@ class CaptioningTask(LightningModule):
                 figure = attention_figure(images[shown], [text.split() for text in texts[shown]], self._looks[shown])
                 log_picture(self, "test/attention", figure)
         self.test_scores.reset()
-        self._counted, self._shown, self._looks = 0, [], []
+        self._shown, self._looks = [], []
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> list[dict[str, Any]]:
         """For each image its ``caption`` and the ``log_probability`` of that.
