@@ -697,6 +697,13 @@ def test_words_of_other_data_are_learnt_from_weights(albums, caplog):
     assert set(other) == {*SPECIAL, "a", "dog", "sleeps", "the", "horse", "stands", "here"}
 
 
+def test_views_of_images_are_refused(albums, capsys):
+    zoo.save(CaptioningLSTM(WORDS, **SMALL), "w.safetensors")
+    options = ["--model.init_args.weights", "w.safetensors", "--test_time_augmentation", "flip"]
+    assert main(["test", "mine.yaml", *options]) == 2
+    assert "test_time_augmentation=flip is for classifiers: CaptioningLSTM is a captioner" in capsys.readouterr().err
+
+
 def test_words_cannot_be_given_by_hand(albums, capsys):
     assert main(["fit", "mine.yaml", "--model.init_args.words", "[a]"]) == 2
     assert "--model.init_args.words comes from the data" in capsys.readouterr().err

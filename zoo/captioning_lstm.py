@@ -615,7 +615,7 @@ class CaptioningLSTM(CaptioningTask):
         super().__init__(vocabulary, optimizer, scheduler)
         if network not in (*ENCODERS, "small"):
             raise ValueError(f"network={network!r} is not one of {', '.join(ENCODERS)}, small")
-        least = {"grid": grid or int(grid is None), "image_size": image_size, "beam_width": beam_width}
+        least = {"grid": 1 if grid is None else grid, "image_size": image_size, "beam_width": beam_width}
         for name, value in (least | {"max_length": max_length}).items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")

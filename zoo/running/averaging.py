@@ -116,7 +116,7 @@ class SWA(StochasticWeightAveraging):
         return bool(_moving_norms(pl_module))
 
     def reset_batch_norm_and_save_state(self, pl_module: LightningModule) -> None:
-        """Forget the statistics that the additional epoch renews; nothing would bring those of a frozen backbone back."""
+        """Forget the statistics that the additional epoch renews; a frozen backbone's nothing would bring back."""
         self.momenta = {norm: norm.momentum for norm in _moving_norms(pl_module)}
         for norm in self.momenta:
             norm.reset_running_stats()

@@ -15,6 +15,8 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.tasks.captioning import CaptioningTask
+
 Kind = Literal["flip", "flip_shift"]
 
 
@@ -95,6 +97,9 @@ class TestTimeAugmentation(Callback):
 
     Args:
         kind: ``flip`` (2 views) or ``flip_shift`` (6 views), as :func:`views` makes them.
+
+    Raises:
+        ValueError: The module is a captioner, whose words come one after the other.
     """
 
     __test__ = False  # no test case, whatever pytest makes of the name
@@ -102,6 +107,12 @@ class TestTimeAugmentation(Callback):
     def __init__(self, kind: Kind) -> None:
         self.kind: Kind = kind
         self._averaging: AbstractContextManager[None] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what would be tested without its ``forward``, and so without the views."""
+        if isinstance(pl_module, CaptioningTask):
+            name = type(pl_module).__name__
+            raise ValueError(f"test_time_augmentation={self.kind} is for classifiers: {name} is a captioner")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to average."""
