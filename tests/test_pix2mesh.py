@@ -4,9 +4,12 @@ import hashlib
 
 import pytest
 import torch
-from torch import nn
+from lightning import Trainer
+from torch import nn, optim
 from torch.nn import functional as F
 
+import zoo
+from zoo.cli import main
 from zoo.pix2mesh import (
     Graph,
     GraphConv,
@@ -344,3 +347,84 @@ def test_the_network_exports_with_any_number_of_images():
 def test_an_unknown_encoder_is_named():
     with pytest.raises(ValueError, match="encoder='vgg16' is neither vgg nor resnet50"):
         Pix2MeshNetwork(encoder="vgg16")
+
+
+# The model
+
+
+def model(seed=0, **arguments):
+    torch.manual_seed(seed)
+    return zoo.Pix2Mesh(**({"width": 2, "hidden": 8, "residuals": 1, "image_size": 48} | arguments)).eval()
+
+
+def test_the_default_model_is_the_papers():
+    made = zoo.Pix2Mesh()
+    assert sum(p.numel() for p in made.parameters()) == 16_802_009
+    assert made.example_input_array.shape == (1, 3, 224, 224)
+    (group,) = made.optimizer(made.parameters()).param_groups
+    assert (group["lr"], group["weight_decay"]) == (3e-5, 1e-5)
+    optimizer = optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
+    schedule = made.scheduler(optimizer, 50)
+    assert [schedule.factor(step) for step in (0, 39, 40, 49)] == pytest.approx([1, 1, 1 / 3, 1 / 3])
+
+
+def test_the_models_meshes_are_the_networks_by_the_camera_of_each_image():
+    made = model()
+    images, camera = torch.rand(2, 3, 48, 48), published_intrinsics(48, 48).repeat(2, 1, 1)
+    for one, other in zip(made.meshes(images, camera), made.network(images, camera), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    own = torch.tensor([[248 / 224 * 48, 0, 23.5], [0, 248 / 224 * 48, 23.5], [0, 0, 1]])
+    torch.testing.assert_close(made.camera(48, 48), own)
+    assert torch.equal(made(images), made.network(images, own).after[-1])
+    assert [tuple(edges.shape) for edges in made.edges] == [(edges, 2) for _, edges, _ in COUNTS]
+    assert made.faces.shape == (4928, 3)
+
+
+def test_a_file_starts_a_model_for_other_categories_and_keeps_their_names(tmp_path):
+    trained = model(class_names=["chair", "lamp"])
+    zoo.save(trained, tmp_path / "w.safetensors")
+    other = model(1, class_names=["plane"], weights=str(tmp_path / "w.safetensors"))
+    assert other.class_names == ["plane"]
+    images = torch.rand(1, 3, 48, 48)
+    assert torch.equal(other(images), trained(images))
+    assert zoo.load(tmp_path / "w.safetensors").class_names == ["chair", "lamp"]
+    with pytest.raises(ValueError, match=r"does not fit Pix2Mesh: network\.blocks.* has shape"):
+        model(hidden=16, weights=str(tmp_path / "w.safetensors"))
+
+
+def test_the_resnet_starts_from_a_classifiers_weights_and_nothing_else_does(tmp_path):
+    from torchvision.models import resnet50
+
+    torch.manual_seed(1)
+    theirs = resnet50(weights=None)
+    torch.save(theirs.state_dict(), tmp_path / "published.pth")
+    made = model(encoder="resnet50", backbone_weights=str(tmp_path / "published.pth"))
+    assert torch.equal(made.backbone.network.layer4[2].conv3.weight, theirs.layer4[2].conv3.weight)
+    with pytest.raises(ValueError, match="backbone_weights='DEFAULT' are for encoder resnet50, this is vgg"):
+        model(backbone_weights="DEFAULT")
+
+
+def test_a_frozen_encoder_stands_still_and_the_rest_learns(tmp_path):
+    from zoo.running.freezing import FreezeBackbone
+
+    made = model()
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    views = {
+        "image": torch.rand(2, 3, 48, 48),
+        "points": random(2, 30, 3).float() * 0.1 - torch.tensor([0, 0, 0.8]),
+        "normals": F.normalize(random(2, 30, 3, seed=1).float(), dim=-1),
+    }
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(**quiet, max_epochs=1, enable_checkpointing=False, callbacks=[FreezeBackbone()])
+    trainer.fit(made, torch.utils.data.DataLoader([views], batch_size=None))
+    changed = {name for name, value in made.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if not name.startswith("network.encoder.")}
+
+
+def test_show_tells_what_its_layers_cost(capsys):
+    assert main(["show", "pix2mesh", "--width", "2", "--hidden", "8", "--residuals", "1"]) == 0
+    table = capsys.readouterr().out
+    parameters = sum(p.numel() for p in model().parameters())
+    assert f"{parameters:,}" in table
+    # Features of 2 * 60 channels and three coordinates, and 8 of the stage before, to 8, of 2466 vertices.
+    assert f"{2466 * (120 + 3 + 8) * 8 / 1e6:.3f}" in table

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from zoo.lenet import LeNet
     from zoo.linear_classifier import LinearClassifier
     from zoo.mask_rcnn import MaskRCNN
+    from zoo.pix2mesh import Pix2Mesh
     from zoo.preact_resnet import PreActResNet
     from zoo.resnet import ResNet
     from zoo.single_stage import SingleStageDetector
@@ -47,6 +48,7 @@ ARCHITECTURES = {
     "LeNet": "zoo.lenet",
     "LinearClassifier": "zoo.linear_classifier",
     "MaskRCNN": "zoo.mask_rcnn",
+    "Pix2Mesh": "zoo.pix2mesh",
     "PreActResNet": "zoo.preact_resnet",
     "ResNet": "zoo.resnet",
     "SingleStageDetector": "zoo.single_stage",
@@ -72,6 +74,7 @@ __all__ = [
     "LeNet",
     "LinearClassifier",
     "MaskRCNN",
+    "Pix2Mesh",
     "PreActResNet",
     "ResNet",
     "SingleStageDetector",

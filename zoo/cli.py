@@ -38,7 +38,7 @@ usage: zoo COMMAND …
   zoo validate|test|predict RECIPE --ckpt_path FILE|best|last [overrides]
   zoo test RECIPE --ensemble FILE FILE…      the mean probabilities of several checkpoints
   zoo predict FILE PICTURE|FOLDER…           pictures of your own, by a .ckpt or .safetensors of the zoo
-              [--out DIR] [--device cpu|cuda|mps] [--top 5 | --score_threshold 0.5]     their classes, or objects
+              [--out DIR] [--device cpu|cuda|mps] [--top 5 | --score_threshold 0.5]     their classes, objects, meshes
   zoo export CHECKPOINT --format safetensors|onnx|pt2 [--out FILE]
 
 An override is any key of the recipe: --trainer.max_epochs 3 --data.init_args.root my/data --seed_everything 1.
@@ -274,7 +274,7 @@ def _predict_pictures(arguments: list[str]) -> int:
         help="of a detector: least score of an object; by default its own, and of what is shown 0.5",
     )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="by default cuda where there is one, else cpu")
-    parser.add_argument("--batch_size", type=int, help="pictures at a time (64; of a detector 4)")
+    parser.add_argument("--batch_size", type=int, help="pictures at a time (64; of a detector 4, of meshes 16)")
     chosen = parser.parse(arguments[1:])
     from zoo.running.own_pictures import predict_pictures
 

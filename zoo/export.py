@@ -16,7 +16,7 @@ from zoo.weights import describe, load, read_weights, save
 
 Format = Literal["safetensors", "onnx", "pt2"]
 SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "onnx": ".onnx", "pt2": ".pt2"}
-PARTS = ("backbone", "head", "generator", "decoder")  # what forward runs through
+PARTS = ("network", "backbone", "head", "generator", "decoder")  # what forward runs through
 TOLERANCE = 1e-4  # largest difference of any output that is taken for rounding
 
 

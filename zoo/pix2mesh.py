@@ -15,18 +15,26 @@ counted in pixels from the middle of the first. Lengths are those of ShapeNet's 
 
 import itertools
 import math
-from typing import Literal, NamedTuple, cast
+from contextlib import nullcontext
+from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
+from zoo.running.optimizing import SchedulerCallable
+from zoo.running.schedules import Step
 from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, Standardize
+from zoo.tasks.mesh import Meshes, MeshTask
+from zoo.tasks.mesh_losses import Pix2MeshLoss
+from zoo.weights import load_trunk, load_weights
 
 RINGS = (5, 10, 15, 18, 19, 20, 19, 18, 15, 10, 5)  # vertices of the first mesh from pole to pole, without the poles
 CENTRE = (0.0, 0.0, -0.8)  # of the ellipsoid in the camera's frame
 HALF_AXES = (0.276, 0.194, 0.2)
 FOCAL_LENGTH = 250 / 224  # in heights of the image
+RENDERED = 248 / 224  # the same of the camera of 3D-R2N2's renderings, as the paper has it
 NEAREST = 0.01  # depth at which vertices are seen that are nearer than it, or behind the camera
 MEAN_DEGREE = 6  # neighbours of a vertex
 
@@ -188,7 +196,8 @@ class DeformationBlock(nn.Module):
             hidden = residual(hidden, graph)
         x = hidden if self.last is None else F.relu(self.last(hidden, graph))
         # In bfloat16 a place would be off by more than the distance at which it counts as right.
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             return self.places(x.to(self.places.own.weight.dtype), graph), hidden
 
 
@@ -317,18 +326,6 @@ def pool_features(maps: list[Tensor], strides: tuple[int, ...], places: Tensor) 
     return torch.cat(pooled, dim=1).permute(2, 0, 1)
 
 
-class Meshes(NamedTuple):
-    """The vertices of N meshes at each of the three stages, in the camera's frame.
-
-    Attributes:
-        after: float (N, 156, 3), (N, 618, 3) and (N, 2466, 3), after each deformation; the last are the result.
-        before: Of the same shapes, before each: the ellipsoid, and the stage before with a vertex more on each edge.
-    """
-
-    after: list[Tensor]
-    before: list[Tensor]
-
-
 class Pix2MeshNetwork(nn.Module):
     """Pixel2Mesh without its losses.
 
@@ -364,12 +361,16 @@ class Pix2MeshNetwork(nn.Module):
             raise ValueError(f"encoder={encoder!r} is neither vgg nor resnet50")
         self.offsets = offsets
         self.encoder = VGGEncoder(width) if encoder == "vgg" else ResNetEncoder()
-        vertices, faces = sphere()
-        first = Graph(faces)
-        second = first.unpooled()
-        self.graphs = nn.ModuleList([first, second, second.unpooled()])
-        self.register_buffer("centre", torch.tensor(CENTRE), persistent=False)
-        self.register_buffer("ellipsoid", vertices * torch.tensor(HALF_AXES) + self.centre, persistent=False)
+        with torch.device("cpu"):  # a network on the meta device has no values to sort and count
+            vertices, faces = sphere()
+            first = Graph(faces)
+            second = first.unpooled()
+            graphs = nn.ModuleList([first, second, second.unpooled()])
+            centre = torch.tensor(CENTRE)
+            ellipsoid = vertices * torch.tensor(HALF_AXES) + centre
+        self.graphs = graphs.to(torch.get_default_device())
+        self.register_buffer("centre", centre.to(torch.get_default_device()), persistent=False)
+        self.register_buffer("ellipsoid", ellipsoid.to(torch.get_default_device()), persistent=False)
         features = self.encoder.features + 3
         blocks = [
             DeformationBlock(features, hidden, residuals),
@@ -390,7 +391,7 @@ class Pix2MeshNetwork(nn.Module):
             intrinsics: float (N, 3, 3) or (3, 3), of cameras as in :func:`project`; None takes the published one.
 
         Returns:
-            The vertices at each stage.
+            The vertices at each of the three stages: (N, 156, 3), (N, 618, 3) and (N, 2466, 3), in the camera's frame.
         """
         if intrinsics is None:
             intrinsics = published_intrinsics(*images.shape[-2:])
@@ -413,3 +414,95 @@ class Pix2MeshNetwork(nn.Module):
         """What a deformation starts from: of each vertex (V, N, 3) the maps' features, its place, and ``hidden``."""
         pooled = pool_features(maps, self.encoder.strides, project(vertices.transpose(0, 1), intrinsics))
         return torch.cat([pooled, vertices, *([] if hidden is None else [hidden.to(pooled.dtype)])], dim=2)
+
+
+class Pix2Mesh(MeshTask):
+    """Makes a triangle mesh of 2466 vertices from an image of an object.
+
+    Weights depend on the triangles that :func:`sphere` makes: those of the published models do not fit.
+
+    Args:
+        class_names: Names of the categories, by which the scores are told; from a data module. No weight depends on
+            them. None takes all views for one category.
+        encoder: ``vgg``, the paper's, of 18 convolutions; ``resnet50``, torchvision's.
+        width: Channels of the VGG's first block; 16 in the paper. A ResNet leaves it aside.
+        hidden: Length of the vertices' features: 192 in the paper, 256 in the published weights.
+        residuals: Residual blocks of each deformation; 6 in the paper.
+        offsets: Take what a deformation gives as offsets from the vertices before it, which are zero at first. The
+            paper's gives the places themselves.
+        image_size: Side of the images that the model is made for, in pixels; any from 32 on will run.
+        focal_length: Of the camera of images that come without one, in heights of the image.
+        opposite: Weight of the mean squared distance of the vertices to the true points; that of the points to the
+            vertices weighs 1.
+        normal: Weight of the edges' angle to the surface's normals.
+        laplacian: Weight of the change of the vertices' differences from their neighbours; 0.3 in the paper, 0.5 in its
+            code.
+        edge: Weight of the edges' squared length.
+        move: Weight of the vertices' squared way, but in the first deformation.
+        weights: A file of a Pix2Mesh of the same measures (``.safetensors``, ``.ckpt``) or ``hf://owner/name``.
+        backbone_weights: For the ResNet alone: torchvision's name (``DEFAULT``, ``IMAGENET1K_V2``) or a file of a
+            classifier.
+        optimizer: Makes the optimizer from the parameters. Default: the paper's, for one image a step.
+        scheduler: Makes the schedule from the optimizer and the run's number of steps. Default: a third of the rate
+            after four fifths of the run, as in the paper, there after 40 of 50 epochs.
+
+    Raises:
+        ValueError: ``encoder`` is neither of the two, or ``backbone_weights`` are for another one.
+    """
+
+    def __init__(
+        self,
+        class_names: list[str] | None = None,
+        encoder: Literal["vgg", "resnet50"] = "vgg",
+        width: int = 16,
+        hidden: int = 192,
+        residuals: int = 6,
+        offsets: bool = False,
+        image_size: int = 224,
+        focal_length: float = RENDERED,
+        opposite: float = 0.55,
+        normal: float = 1.6e-4,
+        laplacian: float = 0.5,
+        edge: float = 0.1,
+        move: float = 1 / 30,
+        weights: str | None = None,
+        backbone_weights: str | None = None,
+        optimizer: OptimizerCallable = lambda params: optim.Adam(params, lr=3e-5, weight_decay=1e-5),
+        scheduler: SchedulerCallable | None = lambda optimizer, steps: Step(optimizer, steps, [0.8], gamma=1 / 3),
+    ) -> None:
+        super().__init__(class_names, optimizer, scheduler)
+        self.example_input_array = torch.zeros(1, 3, image_size, image_size)
+        self.focal_length = focal_length
+        self.network = Pix2MeshNetwork(encoder, width, hidden, residuals, offsets)
+        self.loss = Pix2MeshLoss(opposite, normal, laplacian, edge=edge, move=move)
+        if backbone_weights is not None:
+            if not isinstance(self.backbone, ResNetEncoder):
+                raise ValueError(f"backbone_weights={backbone_weights!r} are for encoder resnet50, this is {encoder}")
+            load_trunk(self.backbone.network, backbone_weights, "resnet50")
+        if weights is not None:
+            load_weights(self, weights)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The image encoder, which is a part of ``network``."""
+        return self.network.encoder
+
+    @property
+    def edges(self) -> list[Tensor]:
+        """The edges int64 (E_k, 2) of the meshes of each stage."""
+        return [cast(Graph, graph).edges for graph in self.network.graphs]
+
+    @property
+    def faces(self) -> Tensor:
+        """The triangles int64 (4928, 3) of the last stage's meshes, counter-clockwise from outside."""
+        return cast(Graph, self.network.graphs[-1]).faces
+
+    def meshes(self, images: Tensor, intrinsics: Tensor) -> Meshes:
+        """The vertices of each stage of images (N, 3, H, W) and cameras (N, 3, 3) or (3, 3)."""
+        return cast(Meshes, self.network(images, intrinsics))
+
+    def camera(self, height: int, width: int) -> Tensor:
+        """The camera (3, 3) of images of that size that come without one, which looks at their middle."""
+        focal = self.focal_length * height
+        middle = ((width - 1) / 2, (height - 1) / 2)
+        return torch.tensor([[focal, 0, middle[0]], [0, focal, middle[1]], [0, 0, 1]], device=self.device)

@@ -209,6 +209,7 @@ class Range:
     def update(self, batch: Any) -> None:
         """Look at a batch as the model gets it."""
         first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        first = first.get("image") if isinstance(first, dict) else first
         for images in first if isinstance(first, list) else [first]:
             if isinstance(images, Tensor) and images.ndim == (3 if isinstance(first, list) else 4) and images.numel():
                 self.low, self.high = min(self.low, float(images.min())), max(self.high, float(images.max()))

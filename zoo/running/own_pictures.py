@@ -14,12 +14,14 @@ from zoo.running.captioned_files import CaptionedFiles
 from zoo.running.checkpoint import replacing
 from zoo.running.classified_files import ClassifiedFiles
 from zoo.running.detected_files import DetectedFiles
+from zoo.running.meshed_files import MeshedFiles
 from zoo.running.picture_files import find_pictures, printable
 from zoo.running.pictures import write_png
 from zoo.running.views import Kind
 from zoo.tasks.captioning import CaptioningTask
 from zoo.tasks.classification import ClassificationTask
 from zoo.tasks.detection import DetectionTask
+from zoo.tasks.mesh import MeshTask
 from zoo.weights import load
 
 if TYPE_CHECKING:
@@ -59,12 +61,13 @@ def predict_pictures(
 
     A row of ``predictions.jsonl`` has ``file``, and of a classifier ``top``: pairs of a class's name and its
     probability; of a detector ``objects``, as :meth:`zoo.tasks.detection.DetectionTask.objects` gives them, in pixels
-    of the upright picture; of a captioner ``caption`` and its ``log_probability``. A picture that cannot be read is
-    named and left out.
+    of the upright picture; of a captioner ``caption`` and its ``log_probability``; of a model of meshes ``meshes``, the
+    files below ``out`` that they are written to, beside ``predictions.gif`` and ``predictions.html``. A picture that
+    cannot be read is named and left out.
 
     Args:
-        weights: A ``.ckpt`` of a run or a ``.safetensors`` weights file of a classifier, a detector or a captioner of
-            the zoo.
+        weights: A ``.ckpt`` of a run or a ``.safetensors`` weights file of a classifier, a detector, a captioner or a
+            model of meshes of the zoo.
         pictures: Files, and folders, which are searched through for files that end like pictures.
         out: The folder.
         top: So many classes of each picture, at most 5; by default 5. For classifiers.
@@ -72,7 +75,7 @@ def predict_pictures(
         score_threshold: Least score of an object. None writes what the model gives by itself, and shows what has 0.5.
             For detectors.
         device: None is a GPU where there is one.
-        batch_size: Pictures at a time; None is 4 for detectors, 64 for others.
+        batch_size: Pictures at a time; None is 4 for detectors, 16 for meshes, 64 for others.
 
     Returns:
         The number of pictures that could not be read.
@@ -86,7 +89,7 @@ def predict_pictures(
         raise RecipeError(f"--batch_size {batch_size} must be at least 1")
     files = find_pictures(pictures)
     chosen = {"top": top, "test_time_augmentation": test_time_augmentation, "score_threshold": score_threshold}
-    predicted = _predicted(weights, device, {key: value for key, value in chosen.items() if value is not None})
+    predicted = _predicted(weights, device, out, {key: value for key, value in chosen.items() if value is not None})
     rows: list[dict[str, Any]] = []
     broken: dict[Path, str] = {}
     for paths, images in _batches(files, predicted.read, batch_size or predicted.batch_size, broken):
@@ -98,12 +101,13 @@ def predict_pictures(
     with replacing(out / "predictions.jsonl") as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     write_png(predicted.sheet(), out / "predictions.png")
+    more = predicted.write_views() if isinstance(predicted, MeshedFiles) else []
     _print(predicted.table(rows))
-    print(f"{len(rows)} pictures: {out}/predictions.jsonl, {out}/predictions.png")
+    print(f"{len(rows)} pictures: {', '.join(map(str, [out / 'predictions.jsonl', out / 'predictions.png', *more]))}")
     return len(broken)
 
 
-def _predicted(weights: Path, device: str | None, options: dict[str, Any]) -> Predicted:
+def _predicted(weights: Path, device: str | None, out: Path, options: dict[str, Any]) -> Predicted:
     """The model on its device, with the options of its task."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -114,11 +118,12 @@ def _predicted(weights: Path, device: str | None, options: dict[str, Any]) -> Pr
     if isinstance(model, DetectionTask):
         _refuse(options, ("top", "test_time_augmentation"), "classifiers", f"{weights} holds a {name}, a detector")
         return DetectedFiles(model.to(device), **options)
-    if isinstance(model, CaptioningTask):
-        said = f"{weights} holds a {name}, a captioner"
+    if isinstance(model, CaptioningTask | MeshTask):
+        said = f"{weights} holds a {name}, a {'captioner' if isinstance(model, CaptioningTask) else 'model of meshes'}"
         _refuse(options, ("top", "test_time_augmentation"), "classifiers", said)
         _refuse(options, ("score_threshold",), "detectors", said)
-        return CaptionedFiles(model.to(device))
+        model = model.to(device)
+        return CaptionedFiles(model) if isinstance(model, CaptioningTask) else MeshedFiles(model, out)
     if not isinstance(model, ClassificationTask):
         raise RecipeError(f"{weights} holds a {name}, which says nothing of pictures")
     _refuse(options, ("score_threshold",), "detectors", f"{weights} holds a {name}, a classifier")

@@ -40,6 +40,23 @@ def log_picture(module: LightningModule, name: str, figure: "Figure") -> None:
             path.write_bytes(png)
 
 
+@rank_zero_only
+def log_file(module: LightningModule, name: str, suffix: str, content: bytes) -> None:
+    """Write ``<log_dir>/pictures/<name><suffix>``, what is no still picture: an animation, a page.
+
+    Args:
+        module: The module that is being run by a Trainer.
+        name: As a metric's name, ``stage/what``.
+        suffix: ``.gif``, ``.html``, ….
+        content: The file's.
+    """
+    for logger in module.trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            path = Path(logger.log_dir) / "pictures" / f"{name.replace('/', '_')}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
 def write_png(figure: "Figure", path: Path) -> None:
     """Write a figure as a PNG file, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

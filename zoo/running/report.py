@@ -250,6 +250,7 @@ def _section(run: Run) -> str:
     pictures = [_picture(to_png(figure), "learning curves")] if figure else []
     files = [run.folder / "predictions.png", *sorted((run.folder / "pictures").glob("*.png"))]
     pictures += [_picture(file.read_bytes(), file.stem.replace("_", " ")) for file in files if file.is_file()]
+    pictures += [_embedded(file) for file in sorted((run.folder / "pictures").glob("*.html"))]
     config = run.folder / "config.yaml"
     facts = {
         "failed": run.error,
@@ -303,6 +304,13 @@ def _picture(png: bytes, caption: str) -> str:
     return f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/png;base64,{data}"></figure>'
 
 
+def _embedded(page: Path) -> str:
+    """A page that needs nothing beside it, within this one."""
+    name = html.escape(page.stem.replace("_", " "))
+    content = html.escape(page.read_text(encoding="utf-8"))
+    return f'<figure><figcaption>{name}</figcaption><iframe title="{name}" srcdoc="{content}"></iframe></figure>'
+
+
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -318,6 +326,7 @@ td, th {{ padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #e5e5
 tr.met td:nth-child(5) {{ color: #167a2f; font-weight: 600; }}
 tr.missed td:nth-child(5), tr.failed td:nth-child(5) {{ color: #b3151d; font-weight: 600; }}
 figure {{ margin: 1.5rem 0; }} figcaption {{ font-weight: 600; }} img {{ max-width: 100%; height: auto; }}
+iframe {{ width: 100%; height: 36rem; border: 1px solid #e5e5e5; border-radius: 6px; }}
 pre {{ overflow-x: auto; background: #f6f6f6; padding: 1rem; }}
 nav ol {{ columns: 16rem 3; }} a {{ color: #0b57a4; }}
 </style>
