@@ -1,0 +1,190 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from zoo.dqn import (
+    bellman_errors,
+    bellman_loss,
+    bellman_targets,
+    copy_into,
+    epsilon,
+    nature_network,
+    vector_network,
+)
+
+
+def count(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+# Networks
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters"),
+    [
+        (lambda: vector_network(4, 2, (120, 84)), 10_934),  # CleanRL's
+        (lambda: vector_network(4, 2), 67_586),  # Stable-Baselines3's
+        (lambda: vector_network(16, 4, ()), 68),
+        (lambda: nature_network(4), 1_686_180),
+        (lambda: nature_network(18), 1_693_362),
+        (lambda: nature_network(4, dueling=True), 3_292_837),
+    ],
+)
+def test_networks_have_the_published_number_of_parameters(network, parameters):
+    assert count(network()) == parameters
+
+
+def test_the_vector_network_is_the_layers_in_a_row():
+    network = vector_network(3, 2, (5, 4)).double()
+    obs = torch.randn(7, 3, dtype=torch.float64)
+    w1, b1, w2, b2, w3, b3 = network.parameters()
+    hidden = (obs @ w1.T + b1).clamp_min(0)
+    expected = (hidden @ w2.T + b2).clamp_min(0) @ w3.T + b3
+    torch.testing.assert_close(network(obs), expected)
+
+
+def test_dueling_values_have_the_state_value_as_their_mean():
+    network = vector_network(3, 4, (8, 8), dueling=True).double()
+    obs = torch.randn(5, 3, dtype=torch.float64)
+    features = network.trunk(obs)
+    advantage, value = network.values(features), network.state_value(features)
+    torch.testing.assert_close(network(obs).mean(1, keepdim=True), value)
+    torch.testing.assert_close(network(obs) - value, advantage - advantage.mean(1, keepdim=True))
+
+
+def test_bytes_are_the_same_as_their_share_of_255():
+    network = nature_network(6)
+    pixels = torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8)
+    values = network(pixels)
+    assert values.shape == (2, 6)
+    torch.testing.assert_close(values, network(pixels.float() / 255))
+
+
+def test_too_few_pixels_are_refused():
+    assert nature_network(2, frames=1, side=36)(torch.rand(1, 1, 36, 36)).shape == (1, 2)
+    with pytest.raises(ValueError, match="at least 36"):
+        nature_network(2, side=35)
+
+
+def test_a_target_network_is_copied_or_moved_part_of_the_way():
+    first, second = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    second.weight.data.fill_(5)
+    second.num_batches_tracked += 7
+    copy_into(first, second, 0.25)
+    assert first.weight.tolist() == [2, 2, 2]
+    assert first.num_batches_tracked == 7
+    copy_into(first, second)
+    assert first.weight.tolist() == [5, 5, 5]
+    second.weight.data.fill_(9)
+    assert first.weight.tolist() == [5, 5, 5]
+
+
+# Targets and losses
+
+REWARD = torch.tensor([1.0, 2, 3], dtype=torch.float64)
+TERMINATED = torch.tensor([False, True, False])
+DISCOUNT = torch.tensor([0.9, 0.81, 0.729], dtype=torch.float64)
+NEXT = torch.tensor([[1.0, 5], [7, 3], [-2, -4]], dtype=torch.float64)
+ONLINE = torch.tensor([[9.0, 0], [0, 9], [0, 9]], dtype=torch.float64)
+
+
+def test_targets_by_hand():
+    found = bellman_targets(REWARD, TERMINATED, DISCOUNT, NEXT)
+    assert found.tolist() == pytest.approx([1 + 0.9 * 5, 2, 3 - 0.729 * 2], abs=1e-12)
+
+
+def test_double_targets_by_hand():
+    found = bellman_targets(REWARD, TERMINATED, DISCOUNT, NEXT, ONLINE)
+    assert found.tolist() == pytest.approx([1 + 0.9 * 1, 2, 3 - 0.729 * 4], abs=1e-12)
+
+
+def test_what_follows_an_end_does_not_count_whatever_it_is():
+    values = NEXT.clone()
+    values[1] = torch.tensor([torch.inf, torch.nan])
+    assert bellman_targets(REWARD, TERMINATED, DISCOUNT, values)[1] == 2
+
+
+def test_targets_have_no_gradient():
+    online = ONLINE.clone().requires_grad_()
+    assert not bellman_targets(REWARD, TERMINATED, DISCOUNT, online, online).requires_grad
+    values = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
+    bellman_loss(values, torch.tensor([0, 1, 1]), (online * 2).sum(1)).backward()
+    assert online.grad is None
+    assert values.grad is not None
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("loss", ["huber", "squared"])
+def test_losses_and_gradients_are_those_of_the_formula(loss, weighted):
+    generator = torch.Generator().manual_seed(0)
+    values = (3 * torch.randn(50, 4, generator=generator, dtype=torch.float64)).requires_grad_()
+    action = torch.randint(4, (50,), generator=generator)
+    target = torch.randn(50, generator=generator, dtype=torch.float64)
+    weight = torch.rand(50, generator=generator, dtype=torch.float64) if weighted else None
+    found = bellman_loss(values, action, target, weight, loss)
+    found.backward()
+    total, gradient = 0.0, np.zeros((50, 4))
+    for i in range(50):
+        error = values[i, action[i]].item() - target[i].item()
+        factor = weight[i].item() if weighted else 1.0
+        if loss == "squared":
+            total, slope = total + factor * error**2, 2 * error
+        else:
+            total += factor * (error**2 / 2 if abs(error) < 1 else abs(error) - 0.5)
+            slope = min(max(error, -1), 1)
+        gradient[i, action[i]] = factor * slope / 50
+    assert found.item() == pytest.approx(total / 50, abs=1e-12)
+    np.testing.assert_allclose(values.grad.numpy(), gradient, atol=1e-12)
+
+
+def test_errors_are_value_less_target():
+    errors = bellman_errors(NEXT, torch.tensor([1, 0, 0]), REWARD)
+    assert errors.tolist() == [4, 5, -5]
+
+
+def test_tensors_that_would_be_broadcast_are_refused():
+    with pytest.raises(ValueError, match=r"target \(N,\) are wanted: got \(3, 2\) and \(3, 1\)"):
+        bellman_loss(NEXT, torch.zeros(3, dtype=torch.int64), REWARD[:, None])
+    with pytest.raises(ValueError, match="reward"):
+        bellman_targets(REWARD[:, None], TERMINATED, DISCOUNT, NEXT)
+    with pytest.raises(ValueError, match="weight"):
+        bellman_loss(NEXT, torch.zeros(3, dtype=torch.int64), REWARD, torch.ones(1))
+    with pytest.raises(ValueError, match="loss='l1'"):
+        bellman_loss(NEXT, torch.zeros(3, dtype=torch.int64), REWARD, loss="l1")
+
+
+def test_epsilon_is_the_straight_line():
+    found = [epsilon(step, 1.0, 0.04, 8000) for step in (0, 1, 2000, 7999, 8000, 10**9)]
+    assert found == pytest.approx([1, 1 - 0.96 / 8000, 0.76, 0.04 + 0.96 / 8000, 0.04, 0.04], abs=1e-12)
+    assert epsilon(0, 1.0, 0.1, 0) == 0.1
+
+
+# The grid world
+
+
+@pytest.mark.parametrize(("double", "max_steps"), [(False, 100), (True, 100), (True, 2)])
+def test_a_table_trained_by_the_loss_comes_to_the_best_values(double, max_steps):
+    gymnasium = pytest.importorskip("gymnasium")
+    from datamodules.embedded.grid_world import GridWorld, value_iteration
+    from datamodules.environments import Collector
+    from datamodules.replay import ReplayBuffer
+
+    # Where nearly all episodes are truncated the best values are the same: only an end of the world stops them.
+    environments = gymnasium.vector.SyncVectorEnv([lambda: GridWorld(max_steps=max_steps)] * 4)
+    buffer = ReplayBuffer(6000, (16,), "float32", num_envs=4, discount=0.9)
+    Collector(environments).collect(buffer, 3000, lambda obs: np.zeros(4, int), epsilon=1.0)
+    table = nn.Linear(16, 4, bias=False)  # of one-hot cells: each weight is a Q(s, a)
+    optimizer = torch.optim.SGD(table.parameters(), lr=8.0)
+    for _ in range(800):
+        batch = buffer.sample(64)
+        next_values = table(batch["next_obs"])  # the table is its own target: the tabular rule
+        online = next_values if double else None
+        target = bellman_targets(batch["reward"], batch["terminated"], batch["discount"], next_values, online)
+        loss = bellman_loss(table(batch["obs"]), batch["action"], target, batch["weight"], "squared")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    best = value_iteration(GridWorld().model(), 0.9)
+    np.testing.assert_allclose(table.weight.detach().T[1:-1], best[1:-1], atol=1e-3)
