@@ -613,6 +613,13 @@ def test_another_vocabulary_keeps_the_rows_of_the_words_that_both_have(cell, tmp
     assert torch.equal(turned.head.words.weight[4:], model.head.words.weight[4:].flip(0))
 
 
+@pytest.mark.parametrize("change", [{"cell": "lstm"}, {"cell": "rnn"}, {"hidden_dim": 12}])
+def test_weights_of_another_cell_or_size_are_refused_by_name(change, tmp_path):
+    zoo.save(CaptioningLSTM(WORDS, "attention", **SMALL), tmp_path / "captioner.safetensors")
+    with pytest.raises(ValueError, match=r"captioner\.safetensors does not fit (this )?CaptioningLSTM: .*head\."):
+        CaptioningLSTM(WORDS, **{"cell": "attention"} | SMALL | change, weights=str(tmp_path / "captioner.safetensors"))
+
+
 def test_features_of_a_cache_give_what_pictures_give():
     model = CaptioningLSTM(WORDS, **SMALL).eval()
     images, tokens = torch.rand(3, 3, 32, 32), torch.tensor([[START, 4, 5, END]] * 3)
@@ -702,6 +709,16 @@ def test_views_of_images_are_refused(albums, capsys):
     options = ["--model.init_args.weights", "w.safetensors", "--test_time_augmentation", "flip"]
     assert main(["test", "mine.yaml", *options]) == 2
     assert "test_time_augmentation=flip is for classifiers: CaptioningLSTM is a captioner" in capsys.readouterr().err
+
+
+def test_an_evaluation_of_weights_keeps_their_words_on_other_data(albums):
+    assert main(["fit", "mine.yaml"]) == 0
+    checkpoint = "runs/mine/version_0/checkpoints/last.ckpt"
+    words = zoo.load(checkpoint).words
+    weights = ["--model.init_args.weights", checkpoint]
+    assert main(["test", "mine.yaml", "--data.init_args.root", "other", *weights]) == 0
+    config = yaml.safe_load(Path("runs/mine/version_1/config.yaml").read_text())
+    assert config["data"]["init_args"]["words"] == words
 
 
 def test_words_cannot_be_given_by_hand(albums, capsys):

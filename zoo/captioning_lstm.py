@@ -30,6 +30,7 @@ Cell = Literal["rnn", "lstm", "attention"]
 Network = Literal["mobilenet_v2", "squeezenet1_0", "vgg19", "googlenet", "resnet18", "resnet101", "small"]
 
 HALF = (0.5, 0.5, 0.5)
+OF_WORDS = ("head.words.", "head.scores.")  # what has a row for each word
 ASSIGNMENT_WORDS = 864  # of the assignment's vocabulary, the special ones among them
 
 
@@ -640,7 +641,12 @@ class CaptioningLSTM(CaptioningTask):
         if backbone_weights is not None:
             load_trunk(trunk, backbone_weights, None if encoder is None else encoder.builder)
         if weights is not None:
-            load_weights(self, weights, keep_matching_classes=True)
+            transfer = load_weights(self, weights, keep_matching_classes=True)
+            if other := [key for key in transfer.fresh if not key.startswith(OF_WORDS)]:
+                raise ValueError(
+                    f"{weights} does not fit this CaptioningLSTM: {', '.join(other[:4])} are missing or of another "
+                    "size. Give cell, network and hidden_dim as they were there"
+                )
 
     def train(self, mode: bool = True) -> "CaptioningLSTM":
         """Set the mode; a frozen encoder stays in evaluation mode, or its batch norms would move."""
@@ -663,5 +669,4 @@ class CaptioningLSTM(CaptioningTask):
 
     def class_rows(self, key: str, rows: int, classes: int) -> list[Tensor] | None:
         """Of word vectors and scores each row is a word's; of other tensors none is."""
-        of_words = key.startswith(("head.words.", "head.scores."))
-        return list(torch.arange(rows)[:, None]) if of_words and rows == classes else None
+        return list(torch.arange(rows)[:, None]) if key.startswith(OF_WORDS) and rows == classes else None

@@ -312,3 +312,11 @@ def test_an_optimizer_without_a_group_for_the_backbone_is_refused():
 def test_a_wrong_number_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         FreezeBackbone(**arguments)
+
+
+def test_a_backbone_that_is_never_trained_has_nothing_to_be_released():
+    model = LeNet(image_size=12)
+    model.backbone.requires_grad_(False)
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, callbacks=[FreezeBackbone(until_epoch=1)])
+    with pytest.raises(ValueError, match=r"FreezeBackbone\(until_epoch=1\) has nothing to release: no parameter"):
+        trainer.fit(model, datamodules.DigitsDataModule(image_size=12))

@@ -8,8 +8,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+import zoo
 from datamodules import DigitsDataModule
 from zoo import LeNet
+from zoo.cli import main
 from zoo.running.probing import DECAYS, compute_features, fit_head, probe
 
 
@@ -90,3 +92,12 @@ def test_the_command_writes_a_weights_file_that_predicts(model, tmp_path, capsys
     assert "test" in capsys.readouterr().out
     assert main(["probe", "lenet/embedded"]) == 2, "a network that has learnt nothing has no features worth probing"
     assert "weights" in capsys.readouterr().err
+
+
+def test_what_is_no_classifier_is_refused_in_one_line(capsys, tmp_path):
+    zoo.save(zoo.CaptioningLSTM(network="small", image_size=64), "captioner.safetensors")
+    overrides = ["--model.init_args.weights", "captioner.safetensors", "--data.init_args.train_size", "12"]
+    sizes = ["--data.init_args.val_size", "4", "--data.init_args.test_size", "4"]
+    network = ["--model.init_args.wordvec_dim", "256", "--model.init_args.hidden_dim", "512"]
+    assert main(["probe", "captioning_lstm/embedded", *overrides, *sizes, *network]) == 2
+    assert "zoo probe fits the head of a classifier, and captioning_lstm/embedded has a" in capsys.readouterr().err

@@ -25,7 +25,8 @@ class CacheFeatures(Callback):
     and order: another encoder, other weights or other pictures make another file, and none goes stale.
 
     All of a split's features are in memory, in each process. A test sees the pictures themselves, and so does a
-    ``fast_dev_run``.
+    ``fast_dev_run``. The first process computes while others wait: of a set that takes longer than half an hour, let a
+    run on one device do it. Nothing removes old files.
 
     Args:
         folder: Where the files are kept; of several machines, on a disk that all of them see.
@@ -54,7 +55,11 @@ class CacheFeatures(Callback):
             )
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "picture_fingerprint"):
-            raise ValueError(f"CacheFeatures cannot tell when the pictures of {type(data).__name__} change")
+            given = "no data module" if data is None else f"a {type(data).__name__}"
+            raise ValueError(
+                "CacheFeatures needs a data module that tells when its pictures change (picture_fingerprint), such as "
+                f"COCOCaptionsDataModule, and there is {given}: leave CacheFeatures out"
+            )
         known = digest_of(backbone)
         for split in SPLITS:
             pictures = getattr(data, f"{split}_set")
@@ -80,15 +85,18 @@ class CacheFeatures(Callback):
 
     def _features(self, trainer: Trainer, backbone: nn.Module, split: str, path: Path) -> Tensor:
         """Read the features of a split, which the first process has computed if they are not there."""
+        from filelock import FileLock  # torch brings it
         from safetensors import SafetensorError
         from safetensors.torch import load_file, save_file
 
         if trainer.is_global_zero and not path.is_file():
-            rank_zero_info(f"computing the features of split {split}, once, for {path}")
-            features = _computed(trainer, backbone, split)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as partial:
-                save_file({"features": features}, partial)
+            with FileLock(f"{path}.lock"):  # runs that start together: one computes
+                if not path.is_file():
+                    rank_zero_info(f"computing the features of split {split}, once, for {path}")
+                    features = _computed(trainer, backbone, split)
+                    with replacing(path) as partial:
+                        save_file({"features": features}, partial)
         trainer.strategy.barrier("features")
         if not path.is_file():
             raise FileNotFoundError(

@@ -32,6 +32,7 @@ from zoo.running.progress import EpochLines
 from zoo.running.provenance import Provenance
 from zoo.running.resume import ExactResume
 from zoo.running.views import TestTimeAugmentation
+from zoo.weights import read_weights
 
 COMMANDS = ("fit", "validate", "test", "predict")
 LINKED = ("num_classes", "class_names", "words")  # facts of the data that a model is told
@@ -124,6 +125,10 @@ class RecipeCLI(LightningCLI):
         """
         subcommand = str(self.config.get("subcommand"))
         path = self.config[subcommand].get("ckpt_path")
+        weights = self.config[subcommand].model.get("init_args.weights")
+        if subcommand != "fit" and weights and Path(str(weights)).is_file():
+            with refusing():
+                self._keep_words(read_weights(weights)[1].get("arguments", {}).get("words"))
         trained = path or self.config[subcommand].model.get("init_args.weights") or self.untrained
         if subcommand != "fit" and not trained:
             raise RecipeError(
@@ -153,7 +158,7 @@ class RecipeCLI(LightningCLI):
         asked.init_args["weights"] = None
 
     def _keep_words(self, words: list[str] | None) -> None:
-        """A checkpoint's vocabulary goes to data that can take one: its tokens must mean the same words."""
+        """A trained model's vocabulary goes to data that can take one: its tokens must mean the same words."""
         data = self.config[str(self.config.get("subcommand"))].get("data")
         if words is not None and data is not None and "words" in data.get("init_args", {}):
             data.init_args["words"] = words

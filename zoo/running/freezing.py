@@ -53,6 +53,11 @@ class FreezeBackbone(Callback):
                 "or until_epoch null"
             )
         self._parameters = [p for p in backbone.parameters() if p.requires_grad]
+        if not self._parameters and self.until_epoch is not None:
+            raise ValueError(
+                f"FreezeBackbone(until_epoch={self.until_epoch}) has nothing to release: no parameter of the backbone "
+                f"of {type(pl_module).__name__} is trained (frozen_backbone false, where there is such an argument)"
+            )
         self._modes = [(module, module.training) for module in backbone.modules()]
         self.frozen = self.until_epoch != 0
         if self.frozen:

@@ -22,6 +22,7 @@ import zoo
 from zoo.recipes import RecipeError, refusing
 from zoo.running.checkpoint import replacing
 from zoo.running.starting import prepare
+from zoo.tasks.classification import ClassificationTask
 
 DECAYS = tuple(10.0**power for power in range(-6, 1))  # lambda of the L2 term, tried on the validation split
 STEPS = 200  # of L-BFGS, each over all features
@@ -48,6 +49,8 @@ def probe_recipe(recipe: str, overrides: list[str], cache: Path, out: Path) -> P
             f"zoo probe {recipe} would look at features of a network that has learnt nothing: add "
             "--model.init_args.weights FILE (or the name of torchvision's weights)"
         )
+    if not isinstance(cli.model, ClassificationTask):
+        raise RecipeError(f"zoo probe fits the head of a classifier, and {recipe} has a {type(cli.model).__name__}")
     with refusing():
         found = probe(cli.model, cli.datamodule, cache, cli.trainer.strategy.root_device)
     metrics = {f"{split}/accuracy": accuracy for split, accuracy in found.accuracy.items()}

@@ -161,9 +161,8 @@ class CaptioningTask(LightningModule):
         """Log over the epoch and all processes; every process takes part, also one that had no picture."""
         scores = self.val_scores.compute()
         self.log("val/loss", self.val_loss)
-        # Every process has all captions' scores.
-        self.log("val/bleu_4", scores["bleu_4"], rank_zero_only=False, sync_dist=False)
-        self.log("val/cider", scores["cider"], prog_bar=True, rank_zero_only=False, sync_dist=False)
+        self.log("val/bleu_4", scores["bleu_4"])
+        self.log("val/cider", scores["cider"], prog_bar=True)
         self.val_scores.reset()
 
     def on_test_epoch_start(self) -> None:
@@ -173,7 +172,7 @@ class CaptioningTask(LightningModule):
         self._draw.manual_seed(0)
 
     def test_step(self, batch: tuple[Tensor, Tensor, list[list[str]]], batch_idx: int) -> None:
-        """Count a batch of the test split; twenty pictures of all are drawn to be shown, good or bad."""
+        """Count a batch of the test split; twenty of this process's pictures are drawn to be shown, good or bad."""
         before = self._counted
         captions = self._count(batch, self.test_loss, self.test_scores)
         if captions is None:
@@ -216,11 +215,11 @@ class CaptioningTask(LightningModule):
     def draw_predictions(self, batch: Batch | Tensor, predictions: list[dict[str, Any]]) -> Any:
         """The first images of a batch with their captions; word by word where there is attention, else a sheet."""
         images = batch if isinstance(batch, Tensor) else batch[0]
-        attention = self.caption(images[:LOOKED_AT]).attention if len(images) else None
+        found = self.caption(images[:LOOKED_AT]) if len(images) else None
+        if found is not None and found.attention is not None:
+            words = [text.split() for text in self.sentences(found.tokens)]  # those that were looked for
+            return attention_figure(list(images[:LOOKED_AT].cpu()), words, list(found.attention.cpu()))
         texts = [prediction["caption"] for prediction in predictions]
-        if attention is not None:
-            words = [text.split() for text in texts[:LOOKED_AT]]
-            return attention_figure(list(images[:LOOKED_AT].cpu()), words, list(attention.cpu()))
         references = batch[2][:SHOWN] if not isinstance(batch, Tensor) and len(batch) == 3 else None
         return captions_figure(list(images[:SHOWN].cpu()), texts[:SHOWN], references)
 
