@@ -105,9 +105,9 @@ class Collector:
     def reset(self) -> np.ndarray:
         """Begin an episode in every environment, and return the first observations (N, *shape)."""
         source = np.random.SeedSequence([self.seed, 1, self.resumed])
-        # 31 bits: more than some environments take.
-        seeds: Any = [int(number) >> 1 for number in source.generate_state(self.num_envs)]
-        self._obs, _ = self.environments.reset(seed=seeds)
+        # Environment i gets i more; 30 bits, so that none is more than a signed number of 32 bits holds. A list of
+        # seeds is not what all vector environments take.
+        self._obs, _ = self.environments.reset(seed=int(source.generate_state(1)[0]) >> 2)
         self._over[:] = False
         self._returns[:] = 0
         self._lengths[:] = 0

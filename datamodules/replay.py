@@ -95,7 +95,7 @@ class ReplayBuffer:
         num_envs: Number of environments N.
         stack: Frames of an observation; 0 where observations are no stacks.
         padding: What an episode's first stack holds before its first frame: that frame again (gymnasium's
-            ``FrameStackObservation``), or zeros.
+            ``FrameStackObservation``), or zeros (ale-py's ``AtariVectorEnv``).
         n_step: Steps of a transition.
         discount: Factor in [0, 1] by which a reward counts less with each step.
         priority_exponent: alpha of the paper, to which priorities are raised; 0 draws evenly.

@@ -199,6 +199,14 @@ def test_a_seed_gives_the_same_steps_and_another_seed_others():
     assert not np.array_equal(first[0], first[1])  # the two environments differ
 
 
+def test_environments_get_seeds_in_a_row_which_a_signed_number_of_32_bits_holds():
+    for seed in range(20):
+        collector = Collector(counting(AutoresetMode.NEXT_STEP), seed)
+        collector.reset()
+        first, second = (environment.seed_seen for environment in collector.environments.envs)
+        assert second == first + 1 < 2**31
+
+
 # Resuming
 
 
