@@ -3,6 +3,7 @@
     python benchmarks/mesh.py chamfer [--batch_size 8] [--vertices 2466] [--points 9000] [--device cpu]
     python benchmarks/mesh.py convolution [--batch_size 4] [--features 256]
     python benchmarks/mesh.py step [--batch_size 1] [--width 16] [--hidden 256] [--size 224] [--encoder vgg]
+    python benchmarks/mesh.py baselines CHECKPOINT RECIPE [--candidates 40] [--targets 60] [--KEY VALUE …]
 
 chamfer: the Chamfer distance of vertices near a sphere to points on it, and its gradients; each way in a process of its
 own, whose memory is read before and at its highest.
@@ -22,6 +23,11 @@ convolution: ``W0 f_i + sum over neighbours of W1 f_j`` on the mesh of 2466 vert
 sum: the sum over the neighbours alone, by each of torch's ways of having it; this is where GraphConv's was chosen.
 
 step: where the time of a training step goes. There is nothing to compare with.
+
+baselines: a trained model on its test views, after each of its three deformations, beside two that do not look at the
+image: the ellipsoid as it is, with as many vertices; and of each category the training shape, as a camera saw it, that
+is nearest to the others in the mean: of ``--candidates`` training views to ``--targets`` others. What follows are
+overrides of the recipe.
 
 Rounds are interleaved and the median of each way is compared, since machines are noisy; only ratios mean something.
 Times on a CPU are those of all its threads together.
@@ -44,6 +50,7 @@ import argparse
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -58,6 +65,7 @@ from zoo.tasks.mesh_losses import Pix2MeshLoss, chamfer_distance
 
 PLAIN = {"cdist": "use_mm_for_euclid_dist_if_necessary", "cdist, differences": "donot_use_mm_for_euclid_dist"}
 ROUND = 0.2  # a sphere's radius
+FEWER = 4  # one of so many points chooses the best training shape
 
 
 def report(milliseconds: dict[str, list[float]], setting: str) -> None:
@@ -297,6 +305,84 @@ def split_step(arguments: argparse.Namespace) -> None:
         print(f"{setting}  {name:26s} {value:9.1f} ms  {100 * value / whole:5.1f} % of the step")
 
 
+# A trained model beside what does not look
+
+
+def best_shapes(points: Tensor, categories: Tensor, number: int, candidates: int, targets: int) -> Tensor:
+    """Of each category the points (P, 3) of the training view with the least mean Chamfer distance to others.
+
+    Args:
+        points: Of all training views, (V, P, 3).
+        categories: int64 (V,).
+        number: Of the categories.
+        candidates: Views of a category that are tried, evenly among all.
+        targets: Views that they are held against.
+    """
+    best = []
+    for category in range(number):
+        own = points[categories == category]
+        tried = own[torch.linspace(0, len(own) - 1, min(candidates, len(own))).long()]
+        held = own[torch.linspace(0, len(own) - 1, min(targets, len(own))).long()][:, ::FEWER]
+        means = [chamfer_distance(each[None, ::FEWER].expand(len(held), -1, -1), held).mean() for each in tried]
+        best.append(tried[torch.stack(means).argmin()])
+    return torch.stack(best)
+
+
+def training_views(data) -> tuple[Tensor, Tensor]:
+    """Points (V, P, 3) and categories (V,) of all training views, as their cameras see them."""
+    batches = [(batch["points"], batch["category"]) for batch in data.evaluation_dataloader("train")]
+    points, categories = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return points, categories
+
+
+def ellipsoids(network: Pix2MeshNetwork) -> Tensor:
+    """The undeformed mesh with the vertices of the last stage: (2466, 3)."""
+    vertices = network.ellipsoid[:, None]
+    for graph in network.graphs[:-1]:
+        vertices = graph.unpool(vertices)
+    return vertices[:, 0]
+
+
+@torch.no_grad()
+def compare_baselines(arguments: argparse.Namespace) -> None:
+    import zoo
+    from zoo.running.starting import hushed, prepare, quieten
+    from zoo.tasks.mesh_scores import MeshScores
+
+    quieten()
+    with hushed(), tempfile.TemporaryDirectory() as folder:
+        nothing = ["--trainer.limit_train_batches", "0", "--trainer.limit_val_batches", "0"]
+        data = prepare(
+            "fit", arguments.recipe, [*nothing, *arguments.overrides], trial=Path(folder) / "trial"
+        ).datamodule
+    data.trainer = None
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    model = zoo.load(arguments.checkpoint)
+    classes = data.num_classes
+    shapes = best_shapes(*training_views(data), classes, arguments.candidates, arguments.targets)
+    blocks = [f"deformation {k}" for k in (1, 2, 3)]
+    scores = {name: MeshScores(classes) for name in ("ellipsoid", "best training shape", *blocks)}
+    done = 0
+    for batch in data.test_dataloader():
+        batch = data.on_after_batch_transfer(batch, 0)
+        count = len(batch["image"])
+        stages = model.meshes(batch["image"], batch["intrinsics"]).after
+        found = [ellipsoids(model.network).expand(count, -1, -1), shapes[batch["category"]], *stages]
+        for name, vertices in zip(scores, found, strict=True):
+            scores[name].update(vertices, batch["points"], batch["category"], torch.arange(done, done + count))
+        done += count
+    print_scores({name: score.compute() for name, score in scores.items()}, done)
+
+
+def print_scores(scores: dict[str, dict[str, float]], views: int) -> None:
+    print(f"{views} test views, means over the categories; Chamfer distance times 1000")
+    for name, each in scores.items():
+        shown = f"{1000 * each['chamfer']:9.3f}  F {each['f_score']:.4f}  F at 2 tau {each['f_score_2tau']:.4f}"
+        print(f"{name:24s} Chamfer {shown}")
+
+
 # The command line
 
 
@@ -311,19 +397,32 @@ def parse() -> argparse.Namespace:
     for part in (chamfer, step):
         part.add_argument("--points", type=int, default=9000, help="of the true surface")
         part.add_argument("--device", default="cpu")
+    baselines = parts.add_parser("baselines")
+    baselines.add_argument("checkpoint")
+    baselines.add_argument("recipe")
+    baselines.add_argument("--candidates", type=int, default=40, help="training views that are tried, of a category")
+    baselines.add_argument("--targets", type=int, default=60, help="training views that they are held against")
+    baselines.add_argument("--threads", type=int, default=1)
     chamfer.add_argument("--vertices", type=int, default=2466)
     convolution.add_argument("--features", type=int, default=256)
     step.add_argument("--encoder", default="vgg")
     step.add_argument("--width", type=int, default=16)
     step.add_argument("--hidden", type=int, default=256)
     step.add_argument("--size", type=int, default=224)
-    return parser.parse_args()
+    arguments, arguments_of_recipe = parser.parse_known_args()
+    if arguments_of_recipe and arguments.part != "baselines":
+        parser.error(f"unrecognized arguments: {' '.join(arguments_of_recipe)}")
+    arguments.overrides = arguments_of_recipe
+    return arguments
 
 
 def main() -> None:
     arguments = parse()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)
+    if arguments.part == "baselines":
+        compare_baselines(arguments)
+        return
     on_gpu = getattr(arguments, "device", "cpu") != "cpu"
     name = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {name}, {os.cpu_count()} cores; median of {arguments.rounds} rounds")
