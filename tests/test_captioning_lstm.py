@@ -15,10 +15,10 @@ from PIL import Image
 from torch import nn
 
 import zoo
-from zoo.captioning_lstm import LSTM, AttentionLSTM, CaptioningLSTM, CaptioningNetwork, VanillaRNN
+from zoo.captioning_lstm import LSTM, AttentionLSTM, CaptioningLSTM, CaptioningNetwork, VanillaRNN, small_network
 from zoo.cli import main
 from zoo.layer_table import layer_table
-from zoo.tasks.captioning import END, NULL, SPECIAL, START, captioning_loss
+from zoo.tasks.captioning import END, NULL, SPECIAL, START, UNKNOWN, captioning_loss
 
 CELLS = ("rnn", "lstm", "attention")
 EXACT = {"rtol": 0, "atol": 1e-6}
@@ -246,7 +246,7 @@ def log_probabilities(network, features, tokens):
     """Those of each next token (N, T, V), by teacher forcing, among the tokens that may be produced."""
     inputs = torch.cat([torch.full_like(tokens[:, :1], START), tokens], 1)
     scores = network(features, inputs).detach()
-    scores[..., [NULL, START]] = -torch.inf
+    scores[..., [NULL, START, UNKNOWN]] = -torch.inf
     return scores.log_softmax(-1)
 
 
@@ -261,7 +261,7 @@ def test_greedy_takes_the_best_token_at_every_step(cell):
     network, features = build(cell), 2 * random(16, 5, 2, 2)
     # The forbidden tokens have the greatest scores.
     with torch.no_grad():
-        network.scores.bias[[NULL, START]] = 100
+        network.scores.bias[[NULL, START, UNKNOWN]] = 100
     captions = network.greedy(features, max_length=6)
     assert captions.tokens.shape == (16, 6)
     assert captions.tokens.dtype == torch.int64
@@ -337,7 +337,7 @@ def test_a_beam_of_one_is_greedy(cell, length_penalty):
 
 def all_captions(vocab_size, max_length):
     """Every caption that ends in time, and every one that is cut."""
-    words = range(3, vocab_size)
+    words = range(4, vocab_size)
     for length in range(max_length):
         for row in itertools.product(words, repeat=length):
             yield [*row, END] + [NULL] * (max_length - length - 1)
@@ -347,8 +347,8 @@ def all_captions(vocab_size, max_length):
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.5])
 @pytest.mark.parametrize("cell", CELLS)
 def test_beam_search_is_exhaustive_search_where_the_beam_is_wide_enough(cell, length_penalty):
-    network, features = build(cell, vocab_size=6), 2 * random(8, 5, 2, 2)
-    every = torch.tensor(list(all_captions(6, 4)))
+    network, features = build(cell, vocab_size=7), 2 * random(8, 5, 2, 2)
+    every = torch.tensor(list(all_captions(7, 4)))
     assert len(every) == 1 + 3 + 9 + 27 + 81
     found = network.beam_search(features, width=200, length_penalty=length_penalty, max_length=4)
     for n in range(8):
@@ -394,7 +394,7 @@ def test_samples_are_drawn_from_the_distribution(cell):
         expected = (log_probabilities(network, features, captions.tokens[:1])[0, 0] / temperature).softmax(-1)
         shares = captions.tokens[:, 0].bincount(minlength=7) / 4000
         assert shares.numpy() == pytest.approx(expected.numpy(), abs=0.03)  # four deviations
-        assert shares[NULL] == shares[START] == 0
+        assert shares[NULL] == shares[START] == shares[UNKNOWN] == 0
         assert (captions.tokens[captions.tokens[:, 0] == END, 1] == NULL).all()
         expected = log_probability(network, many, captions.tokens)
         torch.testing.assert_close(captions.log_probabilities, expected, **EXACT)
@@ -693,6 +693,17 @@ def test_a_checkpoint_keeps_its_words_on_other_data(albums):
     assert main(["test", "mine.yaml", "--ckpt_path", checkpoint, "--data.init_args.root", "other"]) == 0
     config = yaml.safe_load(Path("runs/mine/version_1/config.yaml").read_text())
     assert config["data"]["init_args"]["words"] == words
+
+
+def test_a_checkpoint_does_not_look_for_its_encoders_file(albums):
+    recipe = yaml.safe_load(Path("mine.yaml").read_text())
+    torch.manual_seed(0)
+    torch.save(small_network().state_dict(), "encoder.pth")
+    recipe["model"]["init_args"] |= {"backbone_weights": "encoder.pth"}
+    Path("mine.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["fit", "mine.yaml"]) == 0
+    Path("encoder.pth").unlink()
+    assert main(["test", "mine.yaml", "--ckpt_path", "runs/mine/version_0/checkpoints/last.ckpt"]) == 0
 
 
 def test_words_of_other_data_are_learnt_from_weights(albums, caplog):

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from zoo.running.optimizing import SchedulerCallable
 from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, standardized
-from zoo.tasks.captioning import END, NULL, SPECIAL, START, CaptioningTask, Captions
+from zoo.tasks.captioning import END, NULL, SPECIAL, START, UNKNOWN, CaptioningTask, Captions
 from zoo.weights import load_trunk, load_weights
 
 Cell = Literal["rnn", "lstm", "attention"]
@@ -362,8 +362,9 @@ class CaptioningNetwork(nn.Module):
     ``"rnn"`` and ``"lstm"`` start from an affine map of the pooled features. ``"attention"`` maps the features to H
     channels at every place, starts from the mean of those, and looks at them before every word.
 
-    A caption's probability is the product of its tokens', ``<END>`` among them; ``<NULL>`` and ``<START>`` are never
-    produced, and the softmax goes over the other tokens. Decoding works on all images at once, where the features are.
+    A caption's probability is the product of its tokens', ``<END>`` among them; ``<NULL>``, ``<START>`` and ``<UNK>``
+    are never produced, and the softmax goes over the other tokens. Decoding works on all images at once, where the
+    features are.
 
     Args:
         vocab_size: Number V of tokens, of which the first four are special.
@@ -550,7 +551,7 @@ class CaptioningNetwork(nn.Module):
             h = torch.tanh(from_input + cast(VanillaRNN, self.cell).from_state(h))
         scores = self.scores(h)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        scores[..., [NULL, START]] = -torch.inf
+        scores[..., [NULL, START, UNKNOWN]] = -torch.inf
         return scores.log_softmax(-1), (h, c), weights
 
 

@@ -155,7 +155,9 @@ class RecipeCLI(LightningCLI):
             if before != value:
                 rank_zero_info(f"{key}: {value} from {path} ({before} was asked; --ckpt_path keeps its own)")
             asked.init_args[key] = value
-        asked.init_args["weights"] = None
+        for key in ("weights", "backbone_weights"):  # all of them are in the checkpoint
+            if key in asked.init_args:
+                asked.init_args[key] = None
 
     def _keep_words(self, words: list[str] | None) -> None:
         """A trained model's vocabulary goes to data that can take one: its tokens must mean the same words."""
