@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,14 +144,19 @@ def test_a_browser_shows_the_page_as_the_sheet_shows_the_meshes(tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("there is no chromium")
-    still = viewer_page([pair()]).replace("spinning = true", "spinning = false")
-    (tmp_path / "page.html").write_text(still)
+    page = viewer_page([pair()])
+    for old, new in (
+        ("spinning = true", "spinning = false"),
+        ("flex: 1;", "position: fixed; bottom: 0; height: 300px;"),
+    ):
+        assert old in page
+        page = page.replace(old, new)
+    (tmp_path / "page.html").write_text(page)
     command = [browser, "--headless=new", "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
     command += ["--hide-scrollbars", "--window-size=600,430", "--virtual-time-budget=3000"]
     command += [f"--screenshot={tmp_path / 'shot.png'}", (tmp_path / "page.html").as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     shot = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"))[-300:].astype(int)
-    assert Path(tmp_path / "shot.png").is_file()
     if (shot > 250).all():
         pytest.skip("this chromium has no WebGL")
     from zoo.running.mesh_pictures import PREDICTED, TRUE, frame_of

@@ -312,13 +312,14 @@ VIEWER = """<!doctype html>
 <meta charset="utf-8">
 <title>{title}</title>
 <style>
-body { font: 13px/1.4 system-ui, sans-serif; margin: 0; color: #222; background: #fff; }
+body { display: flex; flex-direction: column; height: 100vh; margin: 0; color: #222; background: #fff; }
+body { font: 13px/1.4 system-ui, sans-serif; }
 #choice { display: flex; flex-wrap: wrap; gap: .4rem; padding: .5rem; }
 #choice button { border: 2px solid #ddd; border-radius: 6px; background: #fff; padding: 2px; cursor: pointer; }
 #choice button.chosen { border-color: #5c8cd9; }
 #choice img { display: block; width: 72px; height: 72px; }
 #said { padding: 0 .7rem; color: #555; }
-canvas { display: block; width: 100%; height: calc(100vh - 130px); cursor: grab; touch-action: none; }
+canvas { flex: 1; min-height: 0; width: 100%; cursor: grab; touch-action: none; }
 </style>
 </head>
 <body>

@@ -193,11 +193,11 @@ class MeshTask(LightningModule):
         return {"mesh": name, "extents": extents(prediction["vertices"])}
 
     def draw_predictions(self, batch: Batch | Tensor, predictions: list[dict[str, Any]]) -> Any:
-        """The first images of a batch with their meshes from several sides, and the true points where there are any."""
+        """Six images evenly over a batch with their meshes, and the true points where there are any."""
         if isinstance(batch, Tensor):
             batch = {"image": batch}
-        vertices = [prediction["vertices"] for prediction in predictions[:SHOWN]]
-        return meshes_figure([self._pair(each, batch, row) for row, each in enumerate(vertices)])
+        rows = torch.linspace(0, len(predictions) - 1, min(SHOWN, len(predictions))).long().tolist()
+        return meshes_figure([self._pair(predictions[row]["vertices"], batch, row) for row in rows])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in the file what it is, so that ``zoo.load`` can rebuild it without a recipe."""
