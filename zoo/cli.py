@@ -235,7 +235,9 @@ def _run(arguments: list[str]) -> int:
 
         RecipeCLI([command, "--help"], "")  # prints and exits
     if not rest or rest[0].startswith("-"):
-        raise RecipeError(f"zoo {command} needs a recipe first: one of {', '.join(recipes.names())}, or a YAML file")
+        raise RecipeError(
+            f"zoo {command} needs a recipe first, such as lenet/mnist (zoo list has them all), or a YAML file"
+        )
     if command == "test" and "--ensemble" in rest:
         return _test_ensemble(arguments)
     return _say_where(finish(prepare(command, rest[0], rest[1:])))
