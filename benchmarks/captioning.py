@@ -31,10 +31,10 @@ Measured on 23 November 2026 on one core of an Intel Xeon at 2.5 GHz that three 
     training, lstm           zoo / bare 1.15 (30 steps a round; zoo's rounds 108 to 143 captions/s, bare's 97 to 118)
     beam of 5, 64 images     zoo / image by image 9.4 (lstm), 10.1 (attention), 11.4 (rnn)
     cache, mobilenet_v2      zoo, cached / pictures 5.65 (128 pictures of 112 px)
-    baselines, embedded      attention 3.17 (BLEU-4 0.730), retrieval 2.21 (0.525; centred 2.20), most common 0.64 (0.219)
+    baselines, embedded      attention 3.17 (BLEU-4 0.730), retrieval 2.21 (0.525; centred 2.20), common 0.64 (0.219)
     baselines, photographs   lstm 0.399 (0.186), retrieval 0.233 (0.087; centred 0.245), most common 0.062 (0.033)
 
-The network of the beam search is untrained: its captions hardly end before their 15 words, or image by image would gain.
+The network of the beam search is untrained: its captions hardly end before 15 words, or image by image would gain.
 """
 
 import argparse
