@@ -338,9 +338,10 @@ def test_two_processes_evaluate_to_the_same_metrics_as_one(name, samples):
         data.eval_batch_size = 4
         trainer = Trainer(**QUIET, accelerator="cpu", strategy=strategy, devices=devices, enable_checkpointing=False)
         metrics.append({k: float(v) for k, v in trainer.test(model, data, verbose=False)[0].items()})
-    assert metrics[0] == pytest.approx(
-        metrics[1], rel=1e-6, abs=1e-6, nan_ok=True
-    )  # COCO's numbers without objects of a size
+    # Their losses are sums of tens or hundreds of nats: a last digit of float32 is more than 1e-6.
+    relative = 1e-6 if task_of(name) in ("captioning", "generation") else 0
+    # Not a number are COCO's numbers without objects of a size.
+    assert metrics[0] == pytest.approx(metrics[1], rel=relative, abs=1e-6, nan_ok=True)
     assert metrics[0]["test/samples"] == samples
 
 
