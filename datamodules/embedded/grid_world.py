@@ -31,7 +31,7 @@ class Model(NamedTuple):
     terminal: np.ndarray
 
 
-class GridWorld(gymnasium.Env[np.ndarray, int]):
+class GridWorld(gymnasium.Env[np.ndarray, np.int64]):
     """Cells of a square, row by row, of which the first and the last end the episode.
 
     An observation is the cell as float32 (S,), 1 at its place and 0 elsewhere, so that a linear layer is a table.
@@ -58,7 +58,7 @@ class GridWorld(gymnasium.Env[np.ndarray, int]):
         self.slip = slip
         self.max_steps = max_steps
         self.observation_space = gymnasium.spaces.Box(0.0, 1.0, (side * side,), np.float32)
-        self.action_space = gymnasium.spaces.Discrete(len(MOVES))  # type: ignore[assignment]
+        self.action_space = gymnasium.spaces.Discrete(len(MOVES))
         self._cell = 0
         self._steps = 0
 
@@ -74,7 +74,7 @@ class GridWorld(gymnasium.Env[np.ndarray, int]):
         self._steps = 0
         return self._seen(), {}
 
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+    def step(self, action: int | np.int64) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Move one cell."""
         if self.np_random.random() < self.slip:
             action = int(self.np_random.integers(len(MOVES)))
