@@ -34,8 +34,11 @@ def folder_of(name: str) -> str:
     return zoo.ARCHITECTURES[name].removeprefix("zoo.")
 
 
+TASKS = {row["architecture"]: row["task"] for row in recipes.table()}
+
+
 def task_of(name: str) -> str:
-    return next(row["task"] for row in recipes.table() if row["architecture"] == name)
+    return TASKS[name]
 
 
 NOT_APPLICABLE: dict[tuple[str, str], str] = {  # (architecture, test) -> reason
