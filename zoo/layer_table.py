@@ -19,7 +19,7 @@ from zoo.tasks.detection import DetectionTask
 from zoo.tasks.generation import GenerationTask
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.Hardsigmoid, nn.Tanh)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, FrozenBatchNorm2d, Standardize)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, FrozenBatchNorm2d, Standardize)
 LEFT_OUT = (*RECTIFIERS, *NORMS, nn.Dropout, nn.Identity, nn.Unflatten, nn.Sequential)  # a Sequential without children
 
 
@@ -36,7 +36,7 @@ class Row:
 
 
 def layer_table(network: nn.Module, images: Tensor) -> list[Row]:
-    """Run ``images`` (1, C, H, W) through a network and describe its layers in the order in which they ran.
+    """Run ``images`` (1, C, H, W), or a clip (1, C, T, H, W), through a network and describe its layers as they ran.
 
     Works on the meta device: nothing is computed. A layer that runs several times has as many rows, its parameters in
     the first. What a detector's head makes of each region has the number of regions before its size: as many as the
@@ -48,7 +48,7 @@ def layer_table(network: nn.Module, images: Tensor) -> list[Row]:
     def record(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             output = output[0] if isinstance(module, nn.RNNBase) else output  # the rest is its last state
-            kept = isinstance(module, nn.AdaptiveAvgPool2d | nn.Flatten) and output.shape == inputs[0].shape
+            kept = isinstance(module, nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d | nn.Flatten) and output.shape == inputs[0].shape
             if isinstance(output, Tensor) and not isinstance(module, LEFT_OUT) and not kept:
                 parameters = 0 if name in seen else sum(p.numel() for p in module.parameters())
                 seen.add(name)
@@ -122,9 +122,8 @@ def _multiply_adds(module: nn.Module, given: Any, output: Tensor) -> int:
     if isinstance(module, nn.ConvTranspose2d):
         kernel_height, kernel_width = module.kernel_size
         return given.numel() * module.out_channels // module.groups * kernel_height * kernel_width
-    if isinstance(module, nn.Conv2d):
-        kernel_height, kernel_width = module.kernel_size
-        return output.numel() * module.in_channels // module.groups * kernel_height * kernel_width
+    if isinstance(module, nn.Conv2d | nn.Conv3d):
+        return output.numel() * module.in_channels // module.groups * math.prod(module.kernel_size)
     if isinstance(module, nn.Linear):
         return output.numel() * module.in_features
     if isinstance(module, nn.RNNBase):
@@ -133,4 +132,7 @@ def _multiply_adds(module: nn.Module, given: Any, output: Tensor) -> int:
     if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
         side = module.kernel_size
         return output.numel() * (side * side if isinstance(side, int) else math.prod(side))
+    if isinstance(module, nn.MaxPool3d | nn.AvgPool3d):
+        extent = module.kernel_size
+        return output.numel() * (extent**3 if isinstance(extent, int) else math.prod(extent))
     return 0

@@ -23,6 +23,7 @@ class Standardize(nn.Module):
     Args:
         mean: Mean of each channel, of images in [0, 1].
         std: Standard deviation of each channel.
+        dimensions: How many follow that of the channels: 2 for images, 3 for clips (N, C, T, H, W).
 
     Raises:
         ValueError: There are not as many means as deviations, or a deviation is not above 0.
@@ -31,18 +32,21 @@ class Standardize(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], dimensions: int = 2) -> None:
         super().__init__()
         if len(mean) != len(std) or not all(value > 0 for value in std):
             raise ValueError(f"mean={list(mean)} and std={list(std)} must be equally many, and each std above 0")
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
+        ones = (1,) * dimensions
+        self.register_buffer("mean", torch.tensor(mean).view(-1, *ones))
+        self.register_buffer("std", torch.tensor(std).view(-1, *ones))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (N, C, H, W) in [0, 1] to the standardised ones, of the same shape."""
+        """Map images (N, C, H, W), or clips, in [0, 1] to the standardised ones, of the same shape."""
         return (images - self.mean) / self.std
 
 
-def standardized(network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Sequential:
-    """``network`` behind a layer that standardises its images; its tensors are then called ``network.…``."""
-    return nn.Sequential(OrderedDict(standardize=Standardize(mean, std), network=network))
+def standardized(
+    network: nn.Module, mean: Sequence[float], std: Sequence[float], dimensions: int = 2
+) -> nn.Sequential:
+    """``network`` behind a layer that standardises its images or clips; its tensors are then called ``network.…``."""
+    return nn.Sequential(OrderedDict(standardize=Standardize(mean, std, dimensions), network=network))

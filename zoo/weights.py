@@ -175,7 +175,8 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
 
     Args:
         path: ``.safetensors``; or a file of ``torch.save``: a Lightning checkpoint, a bare state dict, or one under
-            the key ``state_dict`` or ``model``, with or without the prefix ``module.`` of data-parallel training.
+            the key ``state_dict``, ``model`` or ``model_state``, with or without the prefix ``module.`` of
+            data-parallel training.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -189,7 +190,7 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     content = read_checkpoint(path)
     header = dict(content.get("zoo") or {})
     header |= {key: content[key] for key in ("recipe", "metrics") if key in content}
-    state = content.get("state_dict", content.get("model", content))
+    state = next((content[key] for key in ("state_dict", "model", "model_state") if key in content), content)
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__} where its tensors should be: use another file")
     state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}

@@ -61,11 +61,9 @@ class ClassificationTask(LightningModule):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(f"{len(class_names)} class_names were given for num_classes={num_classes}")
         # A checkpoint must load under weights_only, and without the file that this run started from.
         self.save_hyperparameters(ignore=["optimizer", "scheduler", "weights", "keep_matching_classes"])
-        self.class_names = list(class_names) if class_names is not None else [str(i) for i in range(num_classes)]
+        self.class_names = names_of_classes(num_classes, class_names)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.label_smoothing = label_smoothing
@@ -140,7 +138,7 @@ class ClassificationTask(LightningModule):
         if self.test_accuracy_top5 is not None:
             self.log("test/accuracy_top5", self.test_accuracy_top5)
         self.log("test/samples", confusion.sum().float(), rank_zero_only=True)
-        mistakes = self._gather_mistakes()
+        mistakes = gather_worst(self, self._mistakes, WORST)
         log_picture(self, "test/confusion_matrix", confusion_matrix_figure(confusion, self.class_names))
         captions = [f"{m['predicted']} {m['score']:.0%}\nis {m['true']}" for m in mistakes]
         images = torch.stack([m["image"] for m in mistakes]) if mistakes else torch.zeros(0, 1, 1, 1)
@@ -156,13 +154,7 @@ class ClassificationTask(LightningModule):
         A batch is images (N, C, H, W) in [0, 1], alone or with labels that are not looked at.
         """
         images = batch if isinstance(batch, Tensor) else batch[0]
-        scores = self(images).float().softmax(1)  # (N, num_classes)
-        values, classes = scores.topk(min(5, scores.shape[1]))
-        predictions = []
-        for row_values, row_classes in zip(values.tolist(), classes.tolist(), strict=True):
-            top = [(self.class_names[k], value) for k, value in zip(row_classes, row_values, strict=True)]
-            predictions.append({"class_name": top[0][0], "probability": top[0][1], "top": top})
-        return predictions
+        return best_classes(self(images).float().softmax(1), self.class_names)
 
     def draw_predictions(self, batch: tuple[Tensor, Tensor] | Tensor, predictions: list[dict[str, Any]]) -> Any:
         """A contact sheet of the first 32 images of a batch with their predictions; wrong ones in red."""
@@ -202,10 +194,33 @@ class ClassificationTask(LightningModule):
             )
         self._mistakes = sorted(self._mistakes, key=lambda mistake: -mistake["loss"])[:WORST]
 
-    def _gather_mistakes(self) -> list[dict[str, Any]]:
-        if self.trainer.world_size == 1:
-            return self._mistakes
-        gathered: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(gathered, self._mistakes)
-        everyone = [mistake for share in gathered for mistake in share]
-        return sorted(everyone, key=lambda mistake: -mistake["loss"])[:WORST]
+
+def names_of_classes(num_classes: int, class_names: list[str] | None) -> list[str]:
+    """The classes' names; None calls them "0", "1", ….
+
+    Raises:
+        ValueError: They are not ``num_classes`` many.
+    """
+    if class_names is not None and len(class_names) != num_classes:
+        raise ValueError(f"{len(class_names)} class_names were given for num_classes={num_classes}")
+    return list(class_names) if class_names is not None else [str(i) for i in range(num_classes)]
+
+
+def best_classes(probabilities: Tensor, class_names: list[str]) -> list[dict[str, Any]]:
+    """For each row of (N, num_classes) its ``class_name``, the ``probability`` of that, and the ``top`` five."""
+    values, classes = probabilities.topk(min(5, probabilities.shape[1]))
+    predictions = []
+    for row_values, row_classes in zip(values.tolist(), classes.tolist(), strict=True):
+        top = [(class_names[k], value) for k, value in zip(row_classes, row_values, strict=True)]
+        predictions.append({"class_name": top[0][0], "probability": top[0][1], "top": top})
+    return predictions
+
+
+def gather_worst(module: LightningModule, mistakes: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Of the mistakes of all processes the ``count`` with the largest ``loss``, the worst first."""
+    if module.trainer.world_size == 1:
+        return mistakes
+    gathered: list[Any] = [None] * module.trainer.world_size
+    torch.distributed.all_gather_object(gathered, mistakes)
+    everyone = [mistake for share in gathered for mistake in share]
+    return sorted(everyone, key=lambda mistake: -mistake["loss"])[:count]
