@@ -301,30 +301,41 @@ class _Beams:
         """Whether the captions have reached their greatest length."""
         return self.step == self.max_length
 
-    def totals(self, log_p: Tensor) -> Tensor:
-        """Log-probabilities (N, K, V) of the captions with every next token, whose own are ``log_p`` (N, K, V)."""
-        stay = log_p.new_full(log_p.shape[2:], -torch.inf)
-        stay[NULL] = 0  # the only continuation of what has ended: nothing more, at no cost
-        return self.log_p[..., None] + torch.where(self.ended[..., None], stay, log_p)
+    def candidates(self, scores: Tensor, length_penalty: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The best K continuations: the captions that they continue, their tokens, and their log-probabilities.
 
-    def candidates(self, totals: Tensor, length_penalty: float) -> tuple[Tensor, Tensor]:
-        """The best K continuations: the captions that they continue, and their tokens, both (N, K)."""
-        k, v = totals.shape[1:]
+        Args:
+            scores: float (N, K, V), logits of the next token of every caption.
+            length_penalty: As in ``beam_search``.
+
+        Returns:
+            Three (N, K).
+        """
+        k = scores.shape[1]
+        # No more than K come from one caption: all else is done with K numbers in place of V.
+        best, tokens = scores.topk(min(k, scores.shape[2]))  # (N, K, K)
+        log_p = best - scores.logsumexp(-1, keepdim=True)
+        # The only continuation of what has ended: nothing more, at no cost.
+        stay = torch.full_like(log_p[0, 0], -torch.inf)
+        stay[0] = 0
+        log_p = self.log_p[..., None] + torch.where(self.ended[..., None], stay, log_p)
+        tokens = tokens.masked_fill(self.ended[..., None], NULL)
         lengths = self.lengths + ~self.ended
-        best = (totals / lengths[..., None] ** length_penalty).flatten(1).topk(k).indices
-        return best // v, best % v
+        places = (log_p / lengths[..., None] ** length_penalty).flatten(1).topk(k).indices
+        chosen = (part.flatten(1).gather(1, places) for part in (tokens, log_p))
+        return places // log_p.shape[2], *chosen
 
-    def extend(self, parents: Tensor, tokens: Tensor, totals: Tensor, looks: Tensor | None) -> None:
+    def extend(self, parents: Tensor, tokens: Tensor, log_p: Tensor, looks: Tensor | None) -> None:
         """Continue the captions ``parents`` (N, K) with ``tokens`` (N, K), which are ``<NULL>`` where one has ended.
 
         Args:
             parents: Places of captions among the K of their image.
             tokens: Their next tokens.
-            totals: What ``totals`` gave.
+            log_p: The log-probabilities (N, K) of the captions with them.
             looks: Weights of the attention (N, K, P) of every caption, or None.
         """
         ended = _select(self.ended, parents)
-        self.log_p = totals.flatten(1).gather(1, parents * totals.shape[2] + tokens)
+        self.log_p = log_p
         self.lengths = _select(self.lengths, parents) + ~ended
         self.last = tokens
         self.tokens = _select(self.tokens, parents)
@@ -498,11 +509,10 @@ class CaptioningNetwork(nn.Module):
         state, keys = self._start(features, width)
         inputs = self._inputs(len(features) * width * max_length)
         while not beams.full and not beams.settled(length_penalty):
-            log_p, state, looks = self._next(inputs(beams.last), state, keys)
-            totals = beams.totals(log_p)
-            parents, tokens = beams.candidates(totals, length_penalty)
+            scores, state, looks = self._next(inputs(beams.last), state, keys)
+            parents, tokens, log_p = beams.candidates(scores, length_penalty)
             state = (_select(state[0], parents), _select(state[1], parents))
-            beams.extend(parents, tokens, totals, looks)
+            beams.extend(parents, tokens, log_p, looks)
         return beams.best(length_penalty)
 
     def _one_by_one(self, features: Tensor, max_length: int, choose: Callable[[Tensor], Tensor]) -> Captions:
@@ -511,9 +521,12 @@ class CaptioningNetwork(nn.Module):
         state, keys = self._start(features, 1)
         inputs = self._inputs(len(features) * max_length)
         while not beams.full and not bool(beams.ended.all()):
-            log_p, state, looks = self._next(inputs(beams.last), state, keys)
-            tokens = choose(log_p[:, 0]).masked_fill(beams.ended, NULL)
-            beams.extend(torch.zeros_like(tokens), tokens, beams.totals(log_p), looks)
+            scores, state, looks = self._next(inputs(beams.last), state, keys)
+            log_p = scores[:, 0].log_softmax(-1)
+            tokens = choose(log_p)
+            added = log_p.gather(1, tokens).masked_fill(beams.ended, 0)
+            tokens = tokens.masked_fill(beams.ended, NULL)
+            beams.extend(torch.zeros_like(tokens), tokens, beams.log_p + added, looks)
         return beams.best(length_penalty=0.0)
 
     def _start(self, features: Tensor, width: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
@@ -540,7 +553,7 @@ class CaptioningNetwork(nn.Module):
     def _next(
         self, from_input: Tensor, state: tuple[Tensor, Tensor], keys: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-        """From the last words (N, K, …): log-probabilities of the next (N, K, V), states, and attention (N, K, P)."""
+        """From the last words (N, K, …): logits of the next (N, K, V), states, and attention (N, K, P)."""
         h, c = state
         weights = None
         if isinstance(self.cell, AttentionLSTM) and keys is not None:
@@ -552,7 +565,7 @@ class CaptioningNetwork(nn.Module):
         scores = self.scores(h)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         scores[..., [NULL, START, UNKNOWN]] = -torch.inf
-        return scores.log_softmax(-1), (h, c), weights
+        return scores, (h, c), weights
 
 
 class CaptioningLSTM(CaptioningTask):
