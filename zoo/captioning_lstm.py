@@ -322,8 +322,7 @@ class _Beams:
         tokens = tokens.masked_fill(self.ended[..., None], NULL)
         lengths = self.lengths + ~self.ended
         places = (log_p / lengths[..., None] ** length_penalty).flatten(1).topk(k).indices
-        chosen = (part.flatten(1).gather(1, places) for part in (tokens, log_p))
-        return places // log_p.shape[2], *chosen
+        return places // log_p.shape[2], tokens.flatten(1).gather(1, places), log_p.flatten(1).gather(1, places)
 
     def extend(self, parents: Tensor, tokens: Tensor, log_p: Tensor, looks: Tensor | None) -> None:
         """Continue the captions ``parents`` (N, K) with ``tokens`` (N, K), which are ``<NULL>`` where one has ended.
