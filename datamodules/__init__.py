@@ -9,11 +9,15 @@ if TYPE_CHECKING:
     from datamodules.coco import COCODataModule
     from datamodules.embedded.captioned_scenes import CaptionedScenesDataModule
     from datamodules.embedded.digits import DigitsDataModule
+    from datamodules.embedded.moving_shapes import MovingShapesDataModule
     from datamodules.embedded.scenes import ScenesDataModule
     from datamodules.embedded.shapes import ShapesDataModule
+    from datamodules.gym import GymDataModule
     from datamodules.image_folder import ImageFolderDataModule
     from datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
+    from datamodules.rollouts import RolloutsDataModule
     from datamodules.shapenet import ShapeNetDataModule
+    from datamodules.video import VideoFolderDataModule
     from datamodules.voc import VOCDataModule
 
 # Importing Lightning costs seconds, so a class is imported when it is first asked for.
@@ -25,12 +29,16 @@ _MODULES = {
     "CaptionedScenesDataModule": "datamodules.embedded.captioned_scenes",
     "DigitsDataModule": "datamodules.embedded.digits",
     "FashionMNISTDataModule": "datamodules.mnist",
+    "GymDataModule": "datamodules.gym",
     "ImageFolderDataModule": "datamodules.image_folder",
     "MNISTDataModule": "datamodules.mnist",
+    "MovingShapesDataModule": "datamodules.embedded.moving_shapes",
+    "RolloutsDataModule": "datamodules.rollouts",
     "ScenesDataModule": "datamodules.embedded.scenes",
     "ShapeNetDataModule": "datamodules.shapenet",
     "ShapesDataModule": "datamodules.embedded.shapes",
     "VOCDataModule": "datamodules.voc",
+    "VideoFolderDataModule": "datamodules.video",
 }
 
 __all__ = [
@@ -41,12 +49,16 @@ __all__ = [
     "CaptionedScenesDataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
+    "GymDataModule",
     "ImageFolderDataModule",
     "MNISTDataModule",
+    "MovingShapesDataModule",
+    "RolloutsDataModule",
     "ScenesDataModule",
     "ShapeNetDataModule",
     "ShapesDataModule",
     "VOCDataModule",
+    "VideoFolderDataModule",
 ]
 
 
