@@ -263,7 +263,7 @@ def _test_ensemble(arguments: list[str]) -> int:
 
 
 def _predict_pictures(arguments: list[str]) -> int:
-    parser = _Parser("predict", "Tell what is on pictures of your own.")
+    parser = _Parser("predict", "Tell what is on pictures, or in videos, of your own.")
     parser.add_argument("weights", type=Path, metavar="FILE", help=".ckpt of a run, or .safetensors")
     parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE|FOLDER", help="folders are searched through")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder; by default predictions")
@@ -276,7 +276,7 @@ def _predict_pictures(arguments: list[str]) -> int:
         help="of a detector: least score of an object; by default its own, and of what is shown 0.5",
     )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="by default cuda where there is one, else cpu")
-    parser.add_argument("--batch_size", type=int, help="pictures at a time (64; of a detector 4, of meshes 16)")
+    parser.add_argument("--batch_size", type=int, help="at a time (64; of a detector 4, of meshes 16, of videos 1)")
     chosen = parser.parse(arguments[1:])
     from zoo.running.own_pictures import predict_pictures
 

@@ -20,6 +20,7 @@ from zoo.tasks.generation import GenerationTask
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.Hardsigmoid, nn.Tanh)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, FrozenBatchNorm2d, Standardize)
+MAY_KEEP = (nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Flatten)  # what may hand its input on as it is
 LEFT_OUT = (*RECTIFIERS, *NORMS, nn.Dropout, nn.Identity, nn.Unflatten, nn.Sequential)  # a Sequential without children
 
 
@@ -48,7 +49,7 @@ def layer_table(network: nn.Module, images: Tensor) -> list[Row]:
     def record(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             output = output[0] if isinstance(module, nn.RNNBase) else output  # the rest is its last state
-            kept = isinstance(module, nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d | nn.Flatten) and output.shape == inputs[0].shape
+            kept = isinstance(module, MAY_KEEP) and output.shape == inputs[0].shape
             if isinstance(output, Tensor) and not isinstance(module, LEFT_OUT) and not kept:
                 parameters = 0 if name in seen else sum(p.numel() for p in module.parameters())
                 seen.add(name)

@@ -1,4 +1,4 @@
-"""``zoo predict FILE PICTURE…``: what a model of the zoo says of pictures of one's own."""
+"""``zoo predict FILE PICTURE…``: what a model of the zoo says of pictures, or videos, of one's own."""
 
 import json
 import sys
@@ -15,13 +15,15 @@ from zoo.running.checkpoint import replacing
 from zoo.running.classified_files import ClassifiedFiles
 from zoo.running.detected_files import DetectedFiles
 from zoo.running.meshed_files import MeshedFiles
-from zoo.running.picture_files import find_pictures, printable
+from zoo.running.picture_files import SUFFIXES, find_pictures, printable
 from zoo.running.pictures import write_png
 from zoo.running.views import Kind
+from zoo.running.watched_files import WatchedFiles
 from zoo.tasks.captioning import CaptioningTask
 from zoo.tasks.classification import ClassificationTask
 from zoo.tasks.detection import DetectionTask
 from zoo.tasks.mesh import MeshTask
+from zoo.tasks.video import VideoTask
 from zoo.weights import load
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class Predicted(Protocol):
     batch_size: int
 
     def read(self, path: Path) -> Tensor:
-        """One picture (C, H, W) as the model wants it."""
+        """One picture (C, H, W), or the clips (V, 3, T, H, W) of one video, as the model wants it."""
 
     def predict(self, paths: list[Path], images: list[Tensor]) -> list[dict[str, Any]]:
         """A row of ``predictions.jsonl`` for each picture."""
@@ -62,20 +64,21 @@ def predict_pictures(
     A row of ``predictions.jsonl`` has ``file``, and of a classifier ``top``: pairs of a class's name and its
     probability; of a detector ``objects``, as :meth:`zoo.tasks.detection.DetectionTask.objects` gives them, in pixels
     of the upright picture; of a captioner ``caption`` and its ``log_probability``; of a model of meshes ``meshes``, the
-    files below ``out`` that they are written to, beside ``predictions.gif`` and ``predictions.html``. A picture that
-    cannot be read is named and left out.
+    files below ``out`` that they are written to, beside ``predictions.gif`` and ``predictions.html``. A model of clips
+    is given videos in place of pictures, and writes ``predictions.gif`` too. A file that cannot be read is named and
+    left out.
 
     Args:
-        weights: A ``.ckpt`` of a run or a ``.safetensors`` weights file of a classifier, a detector, a captioner or a
-            model of meshes of the zoo.
-        pictures: Files, and folders, which are searched through for files that end like pictures.
+        weights: A ``.ckpt`` of a run or a ``.safetensors`` weights file of a classifier of pictures or clips, a
+            detector, a captioner or a model of meshes of the zoo.
+        pictures: Files, and folders, which are searched through for files that end like pictures, or like videos.
         out: The folder.
         top: So many classes of each picture, at most 5; by default 5. For classifiers.
         test_time_augmentation: Average over the views of :mod:`zoo.running.views`. For classifiers.
         score_threshold: Least score of an object. None writes what the model gives by itself, and shows what has 0.5.
             For detectors.
         device: None is a GPU where there is one.
-        batch_size: Pictures at a time; None is 4 for detectors, 16 for meshes, 64 for others.
+        batch_size: Pictures at a time; None is 4 for detectors, 16 for meshes, 1 for videos, 64 for others.
 
     Returns:
         The number of pictures that could not be read.
@@ -87,9 +90,10 @@ def predict_pictures(
     """
     if batch_size is not None and batch_size < 1:
         raise RecipeError(f"--batch_size {batch_size} must be at least 1")
-    files = find_pictures(pictures)
     chosen = {"top": top, "test_time_augmentation": test_time_augmentation, "score_threshold": score_threshold}
     predicted = _predicted(weights, device, out, {key: value for key, value in chosen.items() if value is not None})
+    kind = "video" if isinstance(predicted, WatchedFiles) else "picture"
+    files = find_pictures(pictures, predicted.suffixes if isinstance(predicted, WatchedFiles) else SUFFIXES, kind)
     rows: list[dict[str, Any]] = []
     broken: dict[Path, str] = {}
     for paths, images in _batches(files, predicted.read, batch_size or predicted.batch_size, broken):
@@ -97,13 +101,13 @@ def predict_pictures(
     for path, reason in broken.items():
         print(f"zoo: error: {printable(path)} is left out: {reason}", file=sys.stderr)
     if not rows:
-        raise RecipeError(f"none of {len(files)} pictures could be read")
+        raise RecipeError(f"none of {len(files)} {kind}s could be read")
     with replacing(out / "predictions.jsonl") as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     write_png(predicted.sheet(), out / "predictions.png")
-    more = predicted.write_views() if isinstance(predicted, MeshedFiles) else []
+    more = predicted.write_views() if isinstance(predicted, MeshedFiles | WatchedFiles) else []
     _print(predicted.table(rows))
-    print(f"{len(rows)} pictures: {', '.join(map(str, [out / 'predictions.jsonl', out / 'predictions.png', *more]))}")
+    print(f"{len(rows)} {kind}s: {', '.join(map(str, [out / 'predictions.jsonl', out / 'predictions.png', *more]))}")
     return len(broken)
 
 
@@ -124,6 +128,11 @@ def _predicted(weights: Path, device: str | None, out: Path, options: dict[str, 
         _refuse(options, ("score_threshold",), "detectors", said)
         model = model.to(device)
         return CaptionedFiles(model) if isinstance(model, CaptioningTask) else MeshedFiles(model, out)
+    if isinstance(model, VideoTask):
+        said = f"{weights} holds a {name}, a classifier of clips"
+        _refuse(options, ("test_time_augmentation",), "classifiers of pictures", said)
+        _refuse(options, ("score_threshold",), "detectors", said)
+        return WatchedFiles(model.to(device), out, **options)
     if not isinstance(model, ClassificationTask):
         raise RecipeError(f"{weights} holds a {name}, which says nothing of pictures")
     _refuse(options, ("score_threshold",), "detectors", f"{weights} holds a {name}, a classifier")

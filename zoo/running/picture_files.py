@@ -15,23 +15,28 @@ SMALL = 64  # pixels: up to this size nothing is cut off but what makes the pict
 MARGIN = 256 / 224  # of larger ones, as networks for ImageNet are evaluated
 
 
-def find_pictures(paths: list[Path]) -> list[Path]:
-    """Files as they are given, and of folders everything below that ends like a picture, sorted.
+def find_pictures(paths: list[Path], suffixes: tuple[str, ...] = SUFFIXES, kind: str = "picture") -> list[Path]:
+    """Files as they are given, and of folders everything below that ends like a picture, or a video, sorted.
+
+    Args:
+        paths: Files and folders.
+        suffixes: How they end.
+        kind: What they are called where there are none.
 
     Raises:
-        RecipeError: A path is not there, or a folder has no pictures.
+        RecipeError: A path is not there, or a folder has none.
     """
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
             if not found:
-                raise RecipeError(f"{printable(path)} has no pictures: files that end in {', '.join(SUFFIXES)}")
+                raise RecipeError(f"{printable(path)} has no {kind}s: files that end in {', '.join(suffixes)}")
             files += found
         elif path.exists():
             files.append(path)
         else:
-            raise RecipeError(f"there is no picture or folder {printable(path)!r}")
+            raise RecipeError(f"there is no {kind} or folder {printable(path)!r}")
     return files
 
 

@@ -182,7 +182,7 @@ class VideoTask(LightningModule):
         mistakes = gather_worst(self, self._mistakes, WORST)
         frames, captions = [each["frames"] for each in mistakes], [each["caption"] for each in mistakes]
         log_picture(self, "test/worst_mistakes", clips_figure(frames, captions, "worst mistakes"))
-        if self._shown and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._shown and self.trainer.loggers and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             clips, said = (list(column) for column in zip(*self._shown, strict=True))
             log_picture(self, "test/clips", clips_figure(clips, said, "clips, the best three classes of each"))
             log_file(self, "test/clips", ".gif", clips_gif(clips, said))
