@@ -188,7 +188,7 @@ class Look(NamedTuple):
     Attributes:
         outline: The shape's radius in directions all around, (360,), at most 1.
         colour: Its red, green and blue, (3,).
-        ground: The picture behind it, float (H, W, 3).
+        ground: The picture behind it, float32 (H, W, 3).
     """
 
     outline: np.ndarray
@@ -201,8 +201,8 @@ def make_video(motion: str, rng: np.random.Generator, side: int = 64, count: int
     look = draw_look(rng, side)
     states = move(motion, rng.random(4), rng.uniform(*SPEEDS[motion]) / RATE, count)
     frames = render(look, states)
-    frames += rng.normal(0, 2, (count, side, side, 1))
-    return frames.clip(0, 255).round().astype(np.uint8)
+    frames += 2 * rng.standard_normal((count, side, side, 1), dtype=np.float32)
+    return frames.round().clip(0, 255).astype(np.uint8)
 
 
 def move(motion: str, start: np.ndarray, speed: float, count: int) -> np.ndarray:
@@ -227,14 +227,15 @@ def draw_look(rng: np.random.Generator, side: int) -> Look:
     base = np.array(list(GROUNDS.values())[int(rng.integers(len(GROUNDS)))]) * rng.uniform(0.7, 1.3)
     coarse = rng.integers(0, 256, (int(rng.integers(4, 10)),) * 2 + (3,), dtype=np.uint8)
     texture = resize(coarse, side, side).permute(1, 2, 0).numpy() - 127.5
-    return Look(outline, colour, base + rng.uniform(0.1, 0.3) * texture)
+    ground = base + rng.uniform(0.1, 0.3) * texture
+    return Look(outline, colour.astype(np.float32), ground.astype(np.float32))
 
 
 def render(look: Look, states: np.ndarray) -> np.ndarray:
-    """Frames, float (T, H, W, 3), of a shape in the states (T, 4) that :func:`move` gives."""
+    """Frames, float32 (T, H, W, 3), of a shape in the states (T, 4) that :func:`move` gives."""
     side = len(look.ground)
-    pixels = (np.arange(side) + 0.5) / side
-    x, y, turn, size = states.T[:, :, None, None]
+    pixels = (np.arange(side, dtype=np.float32) + 0.5) / side
+    x, y, turn, size = states.T[:, :, None, None].astype(np.float32)
     # To the nearest of the shapes that the ring repeats.
     across, down = (pixels[None, None, :] - x + 0.5) % 1 - 0.5, (pixels[None, :, None] - y + 0.5) % 1 - 0.5
     distance = np.sqrt(across**2 + down**2)
@@ -256,7 +257,7 @@ def _outline(corners: list[tuple[float, float]]) -> np.ndarray:
         far = (first[:, 0] * edge[:, 1] - first[:, 1] * edge[:, 0]) / crossed
         along = (first[:, 0] * ray[..., 1] - first[:, 1] * ray[..., 0]) / crossed
     hit = (far > 0) & (along >= -1e-9) & (along <= 1 + 1e-9)
-    return np.where(hit, far, np.inf).min(axis=1)
+    return np.where(hit, far, np.inf).min(axis=1).astype(np.float32)
 
 
 def _turned(lengths: list[float]) -> list[tuple[float, float]]:
