@@ -16,11 +16,25 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
     from datamodules.replay import ReplayBuffer
+
+KNOWN = ("gymnasium.envs.classic_control.", "datamodules.embedded.grid_world")  # whose state is in STATE
+STATE = (
+    "state",
+    "steps",
+    "prev_done",
+    "steps_beyond_terminated",
+    "_elapsed_steps",
+    "_autoreset_envs",
+    "_cell",
+    "_steps",
+)
+UNDER_WAY = ("_obs", "_over", "_returns", "_lengths")  # a collector's, of its episodes
 
 Policy = Callable[[np.ndarray], np.ndarray]  # observations (N, *shape) to actions (N,), in [0, number of actions)
 
@@ -66,10 +80,11 @@ class Steps:
 class Collector:
     """Steps through vector environments with discrete actions, under any of the three rules of resetting.
 
-    Saved with :meth:`state_dict` are the counters, the random numbers of the exploration and the seed. Environments
-    cannot be saved: after :meth:`load_state_dict` they begin new episodes, from seeds that depend on ``seed`` and on
-    how often the run was resumed, and the episodes that were under way count for nothing.
-    So a resumed run has the same counters, exploration and replay buffer as one that was never stopped, but meets other
+    Saved with :meth:`state_dict` are the counters, the random numbers of the exploration and the seed, and of
+    environments whose state is known (:func:`save_environments`) that state: a resumed run then goes on as if it had
+    never been stopped. Others cannot be saved: after :meth:`load_state_dict` they begin new episodes, from seeds that
+    depend on ``seed`` and on how often the run was resumed, and the episodes that were under way count for nothing.
+    Such a run has the same counters, exploration and replay buffer as one that was never stopped, but meets other
     episodes; two resumptions from the same file meet the same.
 
     Args:
@@ -81,9 +96,9 @@ class Collector:
     """
 
     def __init__(self, environments: "VectorEnv", seed: int = 0) -> None:
-        modes = _gymnasium().vector.AutoresetMode
+        modes = gymnasium_or_refuse().vector.AutoresetMode
         space: Any = environments.single_action_space
-        if not isinstance(space, _gymnasium().spaces.Discrete) or space.start != 0:
+        if not isinstance(space, gymnasium_or_refuse().spaces.Discrete) or space.start != 0:
             raise ValueError(f"the environments' actions are {space}: Discrete actions, counted from 0, are wanted")
         self.environments = environments
         self.num_envs = environments.num_envs
@@ -104,7 +119,7 @@ class Collector:
 
     def reset(self) -> np.ndarray:
         """Begin an episode in every environment, and return the first observations (N, *shape)."""
-        source = np.random.SeedSequence([self.seed, 1, self.resumed])
+        source = np.random.SeedSequence([self.seed, 1, self.resumed, self.steps])
         # Environment i gets i more; 30 bits, so that none is more than a signed number of 32 bits holds. A list of
         # seeds is not what all vector environments take.
         self._obs, _ = self.environments.reset(seed=int(source.generate_state(1)[0]) >> 2)
@@ -112,6 +127,10 @@ class Collector:
         self._returns[:] = 0
         self._lengths[:] = 0
         return self._obs
+
+    def begin_anew(self) -> None:
+        """Let the next step begin with new episodes, from seeds that depend on the steps so far."""
+        self._obs = None
 
     def step(self, policy: Policy, epsilon: float = 0.0) -> Steps:
         """Take one step in every environment; the first begins with :meth:`reset`.
@@ -176,23 +195,34 @@ class Collector:
         return episodes
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters, the seed and the state of the exploration, as plain values."""
-        return {
+        """The counters, the seed, the state of the exploration and of the environments, as tensors and plain values."""
+        state: dict[str, Any] = {
             "seed": self.seed,
             "steps": self.steps,
             "episodes": self.episodes,
             "resumed": self.resumed,
             "random": self._random.bit_generator.state,
+            "environments": None if self._obs is None else save_environments(self.environments),
         }
+        if state["environments"] is not None:
+            state["under_way"] = {name: torch.from_numpy(np.array(getattr(self, name))) for name in UNDER_WAY}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state, in new episodes."""
+        """Go on from a saved state: where the environments were, or else in new episodes."""
         self.seed = state["seed"]
         self.steps = state["steps"]
         self.episodes = state["episodes"]
-        self.resumed = state["resumed"] + 1
+        self.resumed = state["resumed"]
         self._random.bit_generator.state = state["random"]
         self._obs = None
+        if state.get("environments") is None:
+            self.resumed += 1
+        else:
+            self.reset()
+            load_environments(self.environments, state["environments"])
+            for name in UNDER_WAY:
+                setattr(self, name, state["under_way"][name].numpy().copy())
 
     def _actions(self, policy: Policy, obs: np.ndarray, epsilon: float) -> np.ndarray:
         # Both are drawn always, so that the numbers that follow do not depend on epsilon.
@@ -220,8 +250,10 @@ class Collector:
         return finished
 
 
-def evaluate(environments: "VectorEnv", policy: Policy, episodes: int, seed: int = 0) -> list[Episode]:
-    """Play whole episodes without exploring.
+def evaluate(
+    environments: "VectorEnv", policy: Policy, episodes: int, seed: int = 0, epsilon: float = 0.0
+) -> list[Episode]:
+    """Play whole episodes without exploring, unless asked.
 
     Each environment plays its share, decided beforehand: the first so many to end would be the short ones.
 
@@ -230,6 +262,7 @@ def evaluate(environments: "VectorEnv", policy: Policy, episodes: int, seed: int
         policy: As in :meth:`Collector.step`.
         episodes: How many in all.
         seed: Seed of the environments: the same one gives the same episodes for the same policy.
+        epsilon: As in :meth:`Collector.step`; the paper of 2015 evaluates with 0.05.
 
     Raises:
         ValueError: ``episodes`` is below 1.
@@ -241,12 +274,76 @@ def evaluate(environments: "VectorEnv", policy: Policy, episodes: int, seed: int
     left[: episodes % collector.num_envs] += 1
     played: list[Episode] = []
     while left.any():
-        step = collector.step(policy)
+        step = collector.step(policy, epsilon)
         for env, episode in zip(step.ended, step.episodes, strict=True):
             if left[env]:
                 left[env] -= 1
                 played.append(episode)
     return played
+
+
+def save_environments(environments: "VectorEnv") -> dict[str, Any] | None:
+    """The state of vector environments in tensors and plain values; None where it is not known how to save it.
+
+    It is known of gymnasium's classic control (CartPole, MountainCar, Acrobot; vector environments of their own, or
+    ``SyncVectorEnv``) and of this project's grid world.
+    """
+    parts = _parts(environments)
+    if parts is None:
+        return None
+    state: dict[str, Any] = {}
+    for name, part in parts.items():
+        held = vars(part)
+        state[name] = {key: _plain(held[key]) for key in STATE if key in held}
+        if (random := held.get("_np_random")) is not None:
+            state[name]["random"] = random.bit_generator.state
+    return state
+
+
+def load_environments(environments: "VectorEnv", state: dict[str, Any]) -> None:
+    """Bring environments, made with the same arguments and reset, to a state of :func:`save_environments`.
+
+    Raises:
+        ValueError: They are others than those that were saved.
+    """
+    parts = _parts(environments)
+    if parts is None or parts.keys() != state.keys():
+        raise ValueError(
+            f"{environments} are not the environments that were saved: resume with the same environment and num_envs"
+        )
+    for name, part in parts.items():
+        for key, value in state[name].items():
+            if key == "random":
+                part.np_random.bit_generator.state = value
+            else:
+                setattr(part, key, value.numpy().copy() if isinstance(value, torch.Tensor) else value)
+
+
+def _parts(environments: Any) -> dict[str, Any] | None:
+    """The objects that hold the state: vector environments and, one by one, those in them with their wrappers."""
+    parts = {"vector": environments}
+    if type(environments).__module__.startswith(KNOWN):  # all in one
+        return parts
+    if not isinstance(environments, gymnasium_or_refuse().vector.SyncVectorEnv):
+        return None
+    for number, environment in enumerate(environments.envs):
+        depth = 0
+        while environment is not environment.unwrapped:
+            parts[f"{number}/{depth}"] = environment
+            environment, depth = environment.env, depth + 1
+        if not type(environment).__module__.startswith(KNOWN):
+            return None
+        parts[f"{number}/{depth}"] = environment
+    return parts
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as tensors, which a checkpoint may hold; numbers as they are."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, tuple | list):
+        return type(value)(_plain(each) for each in value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _with_final(after: np.ndarray, info: dict[str, Any], ended: np.ndarray) -> np.ndarray:
@@ -258,7 +355,8 @@ def _with_final(after: np.ndarray, info: dict[str, Any], ended: np.ndarray) -> n
     return after
 
 
-def _gymnasium() -> ModuleType:
+def gymnasium_or_refuse() -> ModuleType:
+    """gymnasium, imported where it is used; an error that names the extra where it is missing."""
     try:
         import gymnasium
     except ImportError as error:

@@ -396,6 +396,15 @@ class ReplayBuffer:
 
     # Saving
 
+    @property
+    def random_state(self) -> dict[str, Any]:
+        """The state of the draws, as plain values."""
+        return dict(self._random.bit_generator.state)
+
+    @random_state.setter
+    def random_state(self, state: dict[str, Any]) -> None:
+        self._random.bit_generator.state = state
+
     def state_dict(self) -> dict[str, Any]:
         """All that is held, and the state of the draws, in tensors and plain values.
 
@@ -410,7 +419,7 @@ class ReplayBuffer:
             state[name] = torch.from_numpy(ring.copy())
         if self._tree is not None:
             state["priorities"] = torch.from_numpy(self._tree.values.copy())
-        state["random"] = self._random.bit_generator.state
+        state["random"] = self.random_state
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
