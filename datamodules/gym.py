@@ -7,6 +7,7 @@ int64 (N,) for observations (N, *shape), both numpy; ``exploration(steps)``, the
 many steps in the environments; and, where it has one, ``priorities``. Without a Trainer actions are drawn evenly.
 """
 
+import os
 from collections.abc import Iterator
 from functools import cached_property, partial
 from itertools import repeat
@@ -263,6 +264,7 @@ class EnvironmentsDataModule(LightningDataModule):
         """One environment that draws itself, where it can."""
         if self.environment == GRID_WORLD or self.environment.startswith(ATARI):
             return self.make(1, training=False)
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws in memory: no display is looked for
         modes = gymnasium_or_refuse().make(self.environment).metadata.get("render_modes", [])
         return self.make(1, training=False, **({"render_mode": "rgb_array"} if "rgb_array" in modes else {}))
 

@@ -1,8 +1,13 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from lightning import Callback, Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
+import zoo
 from zoo.dqn import (
     bellman_errors,
     bellman_loss,
@@ -188,3 +193,101 @@ def test_a_table_trained_by_the_loss_comes_to_the_best_values(double, max_steps)
         optimizer.step()
     best = value_iteration(GridWorld().model(), 0.9)
     np.testing.assert_allclose(table.weight.detach().T[1:-1], best[1:-1], atol=1e-3)
+
+
+# The module
+
+
+def transitions(count=6, **more):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "obs": torch.randn(count, 4, generator=generator),
+        "next_obs": torch.randn(count, 4, generator=generator),
+        "action": torch.randint(2, (count,), generator=generator),
+        "reward": torch.randn(count, generator=generator),
+        "terminated": torch.arange(count) % 3 == 0,
+    } | more
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+@pytest.mark.parametrize("double", [False, True])
+def test_the_loss_of_the_module_is_that_of_its_parts(double, dueling):
+    model = zoo.DQN(hidden=[8, 8], double=double, dueling=dueling, discount=0.7, loss="squared")
+    torch.nn.init.normal_(model.target_network.values[0].weight)  # else both networks choose alike
+    for discount in (None, torch.full((6,), 0.343)):
+        batch = transitions() if discount is None else transitions(discount=discount)
+        found = loss_of(model, batch)
+        online, target = model.network(batch["next_obs"]), model.target_network(batch["next_obs"])
+        best = target.gather(1, (online if double else target).argmax(1, keepdim=True))[:, 0]
+        wanted = batch["reward"] + (0.7 if discount is None else 0.343) * best * ~batch["terminated"]
+        values = model.network(batch["obs"]).gather(1, batch["action"][:, None])[:, 0]
+        torch.testing.assert_close(found, (values - wanted).square().mean())
+
+
+class Told:
+    def __init__(self):
+        self.errors = None
+
+    def update_priorities(self, index, errors):
+        self.index, self.errors = index, errors
+
+
+def loss_of(model, batch, data=None):
+    model._trainer = SimpleNamespace(datamodule=data)  # what the loss asks of a trainer
+    try:
+        return model.loss(batch)
+    finally:
+        model._trainer = None
+
+
+def test_prioritised_replay_is_told_the_errors():
+    model, data = zoo.DQN(hidden=[8]), Told()
+    index, weight = torch.arange(6), torch.linspace(0.1, 1, 6)
+    batch = transitions(index=index, weight=weight)
+    found = loss_of(model, batch, data)
+    assert torch.equal(data.index, index)
+    huber = torch.nn.functional.huber_loss(data.errors, torch.zeros(6), reduction="none")
+    torch.testing.assert_close(found, (huber * weight).mean())
+
+
+class Targets(Callback):
+    """Whether the target network was the trained one after each step, and what it was made of."""
+
+    def __init__(self):
+        self.changed = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before = pl_module.target_network.values[0].weight.clone()
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.changed.append(not torch.equal(self.before, pl_module.target_network.values[0].weight))
+
+
+def test_the_target_network_is_copied_every_so_many_steps_and_never_trained():
+    model, targets = zoo.DQN(hidden=[8], target_every=3), Targets()
+    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    loader = DataLoader([transitions()] * 8, batch_size=None)
+    Trainer(**options, max_epochs=1, enable_model_summary=False, callbacks=[targets]).fit(model, loader)
+    assert targets.changed == [False, False, False, True, False, False, True, False]
+    assert not any(p.requires_grad for p in model.target_network.parameters())
+    made = zoo.DQN(hidden=[8])
+    torch.testing.assert_close(made.target_network.state_dict(), made.network.state_dict())
+
+
+def test_epsilon_of_the_module_is_by_steps_in_the_environments():
+    model = zoo.DQN(epsilon_start=0.8, epsilon_end=0.2, epsilon_steps=100)
+    assert [model.exploration(step) for step in (0, 50, 100, 10**6)] == pytest.approx([0.8, 0.5, 0.2, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_every": 0}, "target_every=0 must be at least 1"),
+        ({"target_share": 0.0}, r"target_share=0.0 in \(0, 1\]"),
+        ({"epsilon_end": 2.0}, "epsilon_end=2.0"),
+        ({"loss": "l1"}, "loss='l1' must be 'huber' or 'squared'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        zoo.DQN(**arguments)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from zoo.policy_gradient import ActorCritic, actor_critic_loss, episode_returns, policy_loss, returns
+from zoo.policy_gradient import ActorCriticNetwork, actor_critic_loss, episode_returns, policy_loss, returns
 
 # Returns
 
@@ -125,7 +125,7 @@ def test_the_policy_does_not_move_the_critic_nor_the_critics_error_the_returns()
 
 
 def test_actor_and_critic_share_their_features():
-    network = ActorCritic(nn.Sequential(nn.Linear(4, 128), nn.ReLU()), 128, 2)
+    network = ActorCriticNetwork(nn.Sequential(nn.Linear(4, 128), nn.ReLU()), 128, 2)
     logits, values = network(torch.randn(5, 4))
     assert (logits.shape, values.shape) == ((5, 2), (5,))
     assert sum(parameter.numel() for parameter in network.parameters()) == 4 * 128 + 128 + 128 * 3 + 3

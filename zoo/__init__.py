@@ -8,10 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zoo.actor_critic import ActorCritic
     from zoo.alexnet import AlexNet
     from zoo.captioning_lstm import CaptioningLSTM
     from zoo.dcgan import DCGAN
     from zoo.deep_conv_net import DeepConvNet
+    from zoo.dqn import DQN
     from zoo.faster_rcnn import FasterRCNN
     from zoo.fully_connected import FullyConnectedNet
     from zoo.gan import GAN
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from zoo.mask_rcnn import MaskRCNN
     from zoo.pix2mesh import Pix2Mesh
     from zoo.preact_resnet import PreActResNet
+    from zoo.reinforce import REINFORCE
     from zoo.resnet import ResNet
     from zoo.single_stage import SingleStageDetector
     from zoo.squeezenet import SqueezeNet
@@ -35,9 +38,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 ARCHITECTURES = {
+    "ActorCritic": "zoo.actor_critic",
     "AlexNet": "zoo.alexnet",
     "CaptioningLSTM": "zoo.captioning_lstm",
     "DCGAN": "zoo.dcgan",
+    "DQN": "zoo.dqn",
     "DeepConvNet": "zoo.deep_conv_net",
     "FasterRCNN": "zoo.faster_rcnn",
     "FullyConnectedNet": "zoo.fully_connected",
@@ -50,6 +55,7 @@ ARCHITECTURES = {
     "MaskRCNN": "zoo.mask_rcnn",
     "Pix2Mesh": "zoo.pix2mesh",
     "PreActResNet": "zoo.preact_resnet",
+    "REINFORCE": "zoo.reinforce",
     "ResNet": "zoo.resnet",
     "SingleStageDetector": "zoo.single_stage",
     "SqueezeNet": "zoo.squeezenet",
@@ -61,9 +67,11 @@ ARCHITECTURES = {
 _FUNCTIONS = {"load": "zoo.weights", "save": "zoo.weights"}
 
 __all__ = [
+    "ActorCritic",
     "AlexNet",
     "CaptioningLSTM",
     "DCGAN",
+    "DQN",
     "DeepConvNet",
     "FasterRCNN",
     "FullyConnectedNet",
@@ -76,6 +84,7 @@ __all__ = [
     "MaskRCNN",
     "Pix2Mesh",
     "PreActResNet",
+    "REINFORCE",
     "ResNet",
     "SingleStageDetector",
     "SqueezeNet",

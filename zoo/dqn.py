@@ -12,11 +12,18 @@ action.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn, optim
 from torch.nn import functional as F
+
+from zoo.running.control_pictures import policy_figure
+from zoo.running.optimizing import SchedulerCallable
+from zoo.running.pictures import log_picture
+from zoo.tasks.control import Batch, ControlTask
+from zoo.weights import load_weights
 
 Loss = Literal["huber", "squared"]
 
@@ -196,3 +203,123 @@ def _check(values: Tensor, **of_each: Tensor) -> None:
             raise ValueError(
                 f"values (N, A) and {name} (N,) are wanted: got {tuple(values.shape)} and {tuple(tensor.shape)}"
             )
+
+
+class DQN(ControlTask):
+    """Deep Q-network.
+
+    A training batch has ``obs`` and ``next_obs`` (N, …), ``action`` int64 (N,), ``reward`` float32 (N,) and
+    ``terminated`` bool (N,); where several steps are one transition ``discount`` (N,), and of prioritised replay
+    ``index`` and ``weight`` (N,): the errors are then told to the data module's ``update_priorities(index, errors)``.
+
+    Args:
+        observation_shape: Of an observation: (D,), or (C, S, S) of C frames of S pixels a side.
+        num_actions: A.
+        discount: gamma, in [0, 1]; of a batch with ``discount`` that one counts.
+        hidden: Widths of the layers between vectors and values; none of them is a table of one-hot states. Of pixels
+            the network is that of the paper of 2015.
+        double: The trained network chooses the next action, the target network values it.
+        dueling: The value of the state, and what each action is better than the mean of all, have layers of their own.
+        loss: ``huber``, as in the paper of 2015, which clips errors to [-1, 1], or ``squared``, as in the lecture.
+        target_every: Optimizer steps between two copies into the target network.
+        target_share: How far each copy goes, in (0, 1]; 1 copies.
+        epsilon_start: Chance of a random action at first.
+        epsilon_end: What it falls to in a straight line.
+        epsilon_steps: Steps in the environments over which it falls.
+        weights: File to start from (``.safetensors``, ``.ckpt``, ``.pth``) or ``hf://owner/name``.
+        optimizer: Makes the optimizer from the parameters.
+        scheduler: Makes the schedule from the optimizer and the run's number of steps; stepped once per step.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        observation_shape: Sequence[int] = (4,),
+        num_actions: int = 2,
+        discount: float = 0.99,
+        hidden: Sequence[int] = (256, 256),
+        double: bool = False,
+        dueling: bool = False,
+        loss: Loss = "huber",
+        target_every: int = 128,
+        target_share: float = 1.0,
+        epsilon_start: float = 1.0,
+        epsilon_end: float = 0.04,
+        epsilon_steps: int = 8000,
+        weights: str | None = None,
+        optimizer: OptimizerCallable = lambda params: optim.Adam(params, lr=2.3e-3, fused=True),
+        scheduler: SchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(list(observation_shape), num_actions, discount, optimizer, scheduler)
+        if target_every < 1 or not 0 < target_share <= 1:
+            raise ValueError(f"target_every={target_every} must be at least 1, target_share={target_share} in (0, 1]")
+        if not 0 <= epsilon_end <= 1 or not 0 <= epsilon_start <= 1:
+            raise ValueError(f"epsilon_start={epsilon_start} and epsilon_end={epsilon_end} must be in [0, 1]")
+        if loss not in ("huber", "squared"):
+            raise ValueError(f"loss={loss!r} must be 'huber' or 'squared'")
+        self.double_q = double
+        self.loss_kind = loss
+        self.target_every = target_every
+        self.target_share = target_share
+        self.epsilon = epsilon_start, epsilon_end, epsilon_steps
+        self.network = self._build(hidden, dueling)
+        self.target_network = self._build(hidden, dueling).requires_grad_(False)
+        if weights is not None:
+            load_weights(self, weights)
+        else:
+            copy_into(self.target_network, self.network)
+
+    def _build(self, hidden: Sequence[int], dueling: bool) -> QNetwork:
+        shape = self.observation_shape
+        if len(shape) == 1:
+            return vector_network(shape[0], self.num_actions, hidden, dueling)
+        return nature_network(self.num_actions, shape[0], shape[1], dueling)
+
+    @property
+    def what_scores_are(self) -> str:
+        """Values."""
+        return "Q(s, a)"
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Map observations (N, …) to the values of all actions (N, A)."""
+        return self.network(obs)
+
+    def exploration(self, steps: int) -> float:
+        """Epsilon after so many steps in environments."""
+        return epsilon(steps, *self.epsilon)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The Bellman loss of a batch of transitions; tells prioritised replay its errors."""
+        with torch.no_grad():
+            next_values = self.target_network(batch["next_obs"])
+            next_online = self.network(batch["next_obs"]) if self.double_q else None
+        reward = batch["reward"]
+        discount = batch.get("discount")
+        discount = torch.full_like(reward, self.discount) if discount is None else discount
+        target = bellman_targets(reward, batch["terminated"], discount, next_values, next_online)
+        values = self.network(batch["obs"])
+        if "index" in batch:
+            update: Any = getattr(getattr(self.trainer, "datamodule", None), "update_priorities", None)
+            if update is not None:
+                update(batch["index"], bellman_errors(values.detach(), batch["action"], target))
+        return bellman_loss(values, batch["action"], target, batch.get("weight"), self.loss_kind)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Copy into the target network when it is time; here, after any checkpoint of the step before."""
+        if self.global_step % self.target_every == 0:
+            copy_into(self.target_network, self.network, self.target_share)
+
+    def on_test_epoch_end(self) -> None:
+        """Also hold the values against the best ones and draw the policy, where the data module knows the world."""
+        super().on_test_epoch_end()
+        best_of: Any = getattr(getattr(self.trainer, "datamodule", None), "best_values", None)
+        best = None if best_of is None else best_of()
+        if best is None:
+            return
+        states = len(best)
+        values = self.scores_of(torch.eye(states, device=self.device)).double().cpu()
+        error = (values - torch.from_numpy(best))[1:-1].abs().max()  # nothing is learnt of the ends, where none acts
+        self.log("test/value_error", float(error), rank_zero_only=False, sync_dist=False)
+        log_picture(self, "test/policy", policy_figure(values.numpy(), round(states**0.5), "what was learnt"))

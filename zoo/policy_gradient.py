@@ -7,12 +7,35 @@ Papers: Williams, 1992, Simple statistical gradient-following algorithms for con
 Steps are (T, N): T in a row of each of N environments. Actions are drawn from the softmax of logits (…, A).
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.dqn import NATURE_HIDDEN, nature_network
 
-class ActorCritic(nn.Module):
+
+def features_of(observation_shape: Sequence[int], hidden: Sequence[int]) -> tuple[nn.Module, int]:
+    """Layers that see, from observations (B, …) to features (B, F), and F.
+
+    Args:
+        observation_shape: (D,): fully connected layers with rectifiers. (C, S, S): the network of the paper of 2015.
+        hidden: Widths of the layers after vectors.
+    """
+    if len(observation_shape) == 3:
+        nature = nature_network(1, observation_shape[0], observation_shape[1])
+        to_features = nature.values[:-1]
+        return nn.Sequential(nature.trunk, to_features), NATURE_HIDDEN
+    widths = [observation_shape[0], *hidden]
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers), widths[-1]
+
+
+class ActorCriticNetwork(nn.Module):
     """Logits of the actions, and the value of the state, from features that both share.
 
     Args:
@@ -29,8 +52,17 @@ class ActorCritic(nn.Module):
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Map observations to logits (B, A) and values (B,)."""
-        features = self.trunk(obs)
+        features = self._features(obs)
         return self.actor(features), self.critic(features).squeeze(1)
+
+    def logits(self, obs: Tensor) -> Tensor:
+        """Map observations to logits (B, A); the critic is not asked."""
+        logits: Tensor = self.actor(self._features(obs))
+        return logits
+
+    def _features(self, obs: Tensor) -> Tensor:
+        features: Tensor = self.trunk(obs / 255 if obs.dtype == torch.uint8 else obs)
+        return features
 
 
 def returns(

@@ -34,7 +34,7 @@ from zoo.running.resume import ExactResume
 from zoo.running.views import TestTimeAugmentation
 from zoo.weights import read_weights
 
-LINKED = ("num_classes", "class_names", "words")  # facts of the data that a model is told
+LINKED = ("num_classes", "class_names", "words", "observation_shape", "num_actions", "discount")  # told by the data
 
 
 class RecipeCLI(LightningCLI):
