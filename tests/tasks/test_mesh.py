@@ -100,6 +100,38 @@ def test_scores_are_means_over_categories_however_batches_fall(split):
     assert not [name for name in measured if "unseen" in name], "a category without a view has no score"
 
 
+def test_what_each_deformation_but_the_last_gives_is_scored_as_a_test_of_it_alone():
+    class InThree(Oracle):
+        """Comes to the octahedron in three stages."""
+
+        edges = property(lambda self: [EDGES] * 3)
+
+        def meshes(self, images, intrinsics):
+            (after,), (before,) = super().meshes(images, intrinsics)
+            return Meshes([2.5 * after, 1.5 * after, after], [before] * 3)
+
+    class Shifted(Oracle):
+        factor = 1.0
+
+        def meshes(self, images, intrinsics):
+            (after,), before = super().meshes(images, intrinsics)
+            return Meshes([self.factor * after], before)
+
+    def tested(model):
+        return Trainer(**QUIET, logger=False).test(model, Views([[], [0, 1, 2], [3, 4]]), verbose=False)[0]
+
+    model = InThree(NAMES)
+    found = tested(model)
+    for number, Shifted.factor in ((1, 2.5), (2, 1.5)):
+        alone = tested(Shifted(NAMES))
+        for name in ("chamfer", "f_score", "f_score_2tau"):
+            assert found[f"test/{name}_block_{number}"] == pytest.approx(alone[f"test/{name}"], rel=1e-6)
+    assert found["test/chamfer"] == pytest.approx(tested(Oracle(NAMES))["test/chamfer"], rel=1e-6)
+    assert found["test/chamfer_block_1"] > found["test/chamfer_block_2"] > found["test/chamfer"]
+    assert found == tested(model), "a second test begins anew"
+    assert "test/chamfer_block_3" not in found
+
+
 def test_without_names_all_views_are_one_category():
     (measured,) = Trainer(**QUIET, logger=False).test(Oracle(), Views([[0, 1, 2]]), verbose=False)
     assert measured["test/chamfer"] == pytest.approx(np.mean([by_hand(k)[0] for k in range(3)]), rel=1e-4)
@@ -191,7 +223,7 @@ def test_the_shown_views_are_drawn_from_all_evenly(monkeypatch):
     """Of 30 views each must be among the 6 in about a fifth of 200 draws."""
     model, counts = Oracle(), np.zeros(30)
     monkeypatch.setattr(model, "_pair", lambda *_: None)
-    monkeypatch.setattr(model, "_count", lambda meshes, given, scores: given["place"])
+    monkeypatch.setattr(model, "_count", lambda meshes, given, *scores: given["place"])
     for seed in range(200):
         model._draw.manual_seed(seed)
         model._drawn = []

@@ -49,8 +49,9 @@ class MeshTask(LightningModule):
     ``train/edge_loss`` and ``train/move_loss``, weighted and 3000 times as in the published code (every
     ``log_every_n_steps``); ``val/loss``, ``val/chamfer``, ``val/f_score``; on the test split ``test/chamfer``,
     ``test/f_score`` and ``test/f_score_2tau``, the means over the categories, each of them for every category that has
-    a view (``test/chamfer_chair``), and ``test/samples``, the number of views. Scores are those of
-    :mod:`zoo.tasks.mesh_scores`; Chamfer distances are logged 1000 times as large, as papers print them.
+    a view (``test/chamfer_chair``), the first three after each deformation but the last (``test/chamfer_block_1``), and
+    ``test/samples``, the number of views. Scores are those of :mod:`zoo.tasks.mesh_scores`, to which a mesh of more
+    vertices is nearer; Chamfer distances are logged 1000 times as large, as papers print them.
 
     Args:
         class_names: Names of the categories, by which the scores are told; no weight depends on them. None takes all
@@ -76,6 +77,7 @@ class MeshTask(LightningModule):
         self.val_loss = MeanMetric(nan_strategy="disable")
         self.val_scores = MeshScores(max(1, len(self.class_names)))
         self.test_scores = MeshScores(max(1, len(self.class_names)))
+        self._block_scores: list[MeshScores] = []  # of a test: after each deformation but the last
         self._counted = 0  # views of this evaluation, in this process
         self._drawn: list[tuple[float, int, Pair]] = []  # a number that was drawn, the view's place, and what it shows
         self._draw = torch.Generator()
@@ -138,13 +140,15 @@ class MeshTask(LightningModule):
     def on_test_epoch_start(self) -> None:
         """Draw the same views again."""
         self._draw.manual_seed(0)
+        classes = max(1, len(self.class_names))
+        self._block_scores = [MeshScores(classes).to(self.device) for _ in self.edges[:-1]]
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Count a batch of the test split; six views of all are drawn to be shown, good or bad."""
         if not len(batch["image"]):
             return
         meshes = self._meshes_of(batch)
-        places = self._count(meshes, batch, self.test_scores).tolist()
+        places = self._count(meshes, batch, self.test_scores, *self._block_scores).tolist()
         numbers = torch.rand(len(places), generator=self._draw).tolist()
         worst = self._drawn[-1][0] if len(self._drawn) == SHOWN else math.inf
         for row in (row for row, number in enumerate(numbers) if number < worst):
@@ -164,10 +168,15 @@ class MeshTask(LightningModule):
                     if not math.isnan(value)
                 }
             )
+        for number, block in enumerate(self._block_scores, 1):
+            self.log_dict(
+                {f"test/{name}_block_{number}": _printed(name, each) for name, each in block.compute().items()}
+            )
         self.log("test/samples", float(self.test_scores.samples()))
         if self._drawn:
             log_meshes(self, "test/meshes", [self._with_true_mesh(place, pair) for _, place, pair in self._drawn])
         self.test_scores.reset()
+        self._block_scores = []
         self._counted, self._drawn = 0, []
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> list[dict[str, Any]]:
@@ -212,14 +221,15 @@ class MeshTask(LightningModule):
         terms: dict[str, Tensor] = self.loss(*meshes, self.edges, batch["points"], batch["normals"])
         return {name: PUBLISHED_FACTOR * value for name, value in terms.items()}
 
-    def _count(self, meshes: Meshes, batch: Batch, scores: MeshScores) -> Tensor:
-        """Count a batch of an evaluation; the places int64 (N,) of its views in the split."""
+    def _count(self, meshes: Meshes, batch: Batch, scores: MeshScores, *earlier: MeshScores) -> Tensor:
+        """Count a batch of an evaluation, and its earlier stages; the places int64 (N,) of its views in the split."""
         count = len(batch["image"])
         ranks = self.trainer.world_size
         places = torch.arange(self._counted, self._counted + count) * ranks + self.trainer.global_rank
         self._counted += count
         labels = batch["category"].cpu() if self.class_names else torch.zeros(count, dtype=torch.int64)
-        scores.update(meshes.after[-1], batch["points"], labels, places)
+        for vertices, metric in zip([meshes.after[-1], *meshes.after], [scores, *earlier], strict=False):
+            metric.update(vertices, batch["points"], labels, places)
         return places
 
     def _pair(self, vertices: Tensor, batch: Batch, row: int) -> Pair:
