@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+ROUNDING = 1e-3  # seconds: Matroska's clock has milliseconds
+REORDERED = 17  # frames, of which one at least is shown no sooner than any that is stored after them: H.264 delays 16
 MISSING = 1.0  # seconds that a file may end sooner than it says
 Frame = np.ndarray  # uint8 (H, W, 3)
 
@@ -32,7 +34,7 @@ class VideoFile:
     """An opened video, whose frames are found by their time; to be used in a ``with``, which closes it.
 
     Times are seconds since the first frame. The frame at a time is the one that a player shows then: the last that is
-    not later, to within a tick of the file's clock, since many clocks round. Before the first and after the last frame
+    not later, to within a millisecond, since many clocks round. Before the first and after the last frame
     these stay. Frame rates may vary. AVI has no times for frames that are stored in another order than shown: such a
     file is decoded from its beginning and its frames are counted.
 
@@ -61,6 +63,7 @@ class VideoFile:
             self._stream = self._pictures()
             self._stream.codec_context.thread_count = 1  # there are as many workers as processors
             self._tick = float(self._stream.time_base)
+            self._rounding = min(self._tick, ROUNDING)
             self._counted = self._container.format.name == "avi" and self._stream.codec_context.has_b_frames
             self._start = (self._stream.start_time or 0) * self._tick
             #: Seconds from the first frame to the end of the last.
@@ -107,7 +110,7 @@ class VideoFile:
         context = self._stream.codec_context
         context.skip_frame = "NONKEY"
         packets = self._from_the_start()
-        self._check_end([packet for packet in packets if packet.pts is not None], self._start + self.duration)
+        self._check_end(packets, self.duration)
         if not sum(1 for _ in self._decoded([*packets, None])):
             raise ValueError(f"{self.path} cannot be read as a video: no frame of it can be decoded")
         context.flush_buffers()
@@ -139,9 +142,10 @@ class VideoFile:
         packets = [packet for packet in packets or self._from_the_start() if packet.pts is not None]
         if not packets:
             raise ValueError(f"{self.path} cannot be read as a video: it has no frames")
-        if len(self._container.streams) == 1:  # else the others may be longer
-            self._check_end(packets, said)
-        return max(_end(packet) for packet in packets) * self._tick - self._start
+        end = max(_end(packet) for packet in packets) * self._tick
+        if len(self._container.streams) == 1 and end < said - MISSING:  # of several others may be longer
+            raise self._truncated(end, said)
+        return end - self._start
 
     # Packets: frames as they are stored, each after those that it refers to
 
@@ -154,7 +158,7 @@ class VideoFile:
         while first - back > self._start:
             packets = self._after_seek(first - back, last)
             # Seeking goes by the order of decoding: the key frame may be shown later than those after it.
-            if packets and packets[0].is_keyframe and self._time(packets[0]) <= first + self._tick:
+            if packets and packets[0].is_keyframe and self._time(packets[0]) <= first + self._rounding:
                 return packets
             back = max(1.0, 2 * back)
         return self._from_the_start(last)
@@ -177,15 +181,19 @@ class VideoFile:
         return self._demux(last)
 
     def _demux(self, last: float) -> list[Any]:
-        """Packets from here on until none can follow that is not later than ``last``."""
-        packets = []
+        """Packets from here on until none can follow that is not later than ``last``: by when they are decoded, which
+        is not later than when they are shown, or, after a jump in Matroska, by how many are."""  # noqa: D205, D209
+        packets, later = [], 0
+        enough = REORDERED if self._stream.codec_context.has_b_frames else 1
         try:
             for packet in self._container.demux(self._stream):
-                if packet.size:  # else it is the end
-                    packets.append(packet)
-                    decoded = packet.dts if packet.dts is not None else packet.pts
-                    if decoded is not None and decoded * self._tick > last + self._tick:
-                        break
+                if not packet.size:  # it is the end
+                    break
+                packets.append(packet)
+                later += self._time(packet) > last + self._rounding
+                decoded = packet.dts is not None and packet.dts * self._tick > last + self._rounding
+                if decoded or later >= enough:
+                    break
         except self._av.error.InvalidDataError:
             pass  # where damage begins the file ends; whether that is too soon is asked where it matters
         return packets
@@ -193,24 +201,25 @@ class VideoFile:
     def _time(self, packet: Any) -> float:
         return float("inf") if packet.pts is None else packet.pts * self._tick
 
-    def _check_end(self, packets: list[Any], said: float) -> None:
-        """Whether the packets reach the time that the file says; both are the file's own."""
-        end = max((_end(packet) for packet in packets), default=0) * self._tick
-        if end < said - MISSING:
-            raise ValueError(
-                f"{self.path} ends after {max(0.0, end - self._start):.1f} of the {said - self._start:.1f} seconds "
-                "that it says it has: it is truncated or corrupt"
-            )
+    def _check_end(self, packets: list[Any], asked: float) -> None:
+        """Whether packets reach the seconds that were asked for, or at least those that the file says it has."""
+        end = max((_end(packet) for packet in packets if packet.pts is not None), default=0) * self._tick - self._start
+        if end < min(asked, self.duration) - MISSING:
+            raise self._truncated(end, self.duration)
+
+    def _truncated(self, end: float, said: float) -> ValueError:
+        there = f"{max(0.0, end):.1f} of the {said:.1f} seconds"
+        return ValueError(f"{self.path} ends after {there} that it says it has: it is truncated or corrupt")
 
     # Decoding
 
     def _by_time(self, packets: list[Any], times: np.ndarray, short_side: int | None) -> list[Frame]:
-        self._check_end(packets, min(float(times.max()), self._start + self.duration))
+        self._check_end(packets, float(times.max()) - self._start)
         shown = [packet for packet in packets if not packet.is_discard]
         stamps = np.unique([packet.pts for packet in shown])
         if not len(stamps):
             raise ValueError(f"{self.path} cannot be read as a video: it has no frames")
-        chosen = stamps[_last_before(stamps * self._tick, times + self._tick)]
+        chosen = stamps[_last_before(stamps * self._tick, times + self._rounding)]
         convert = Converter(self._av, short_side)
         found: dict[int, Frame] = {}
         for run, needed in _runs(packets, set(chosen.tolist())):
@@ -226,8 +235,8 @@ class VideoFile:
         known = np.sort(np.array([stamp for stamp in stamps if stamp is not None], dtype=np.int64))
         if not len(known):
             raise ValueError(f"{self.path} cannot be read as a video: its frames have no times")
-        self._check_end([p for p in packets if p.pts is not None], self._start + min(times.max(), self.duration))
-        chosen = _last_before((known - known[0]) * self._tick, times + self._tick)
+        self._check_end(packets, float(times.max()))
+        chosen = _last_before((known - known[0]) * self._tick, times + self._rounding)
         convert = Converter(self._av, short_side)
         found: dict[int, Frame] = {}
         needed = set(chosen.tolist())
