@@ -628,4 +628,6 @@ def _frames(environments: "VectorEnv", obs: np.ndarray) -> list[np.ndarray]:
         return []
     drawn: Any = environments.render()
     step = max(1, round(max(drawn[0].shape[:2]) / FILM_SIDE))
-    return [np.ascontiguousarray(drawn[0][::step, ::step])]
+    height, width = (side // step * step for side in drawn[0].shape[:2])
+    blocks = drawn[0][:height, :width].reshape(height // step, step, width // step, step, 3)
+    return [blocks.mean((1, 3)).astype(np.uint8)]

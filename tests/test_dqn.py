@@ -17,6 +17,7 @@ from zoo.dqn import (
     nature_network,
     vector_network,
 )
+from zoo.running.nonfinite import NonFiniteLossError, StopOnNonFiniteLoss
 
 
 def count(network):
@@ -291,3 +292,30 @@ def test_epsilon_of_the_module_is_by_steps_in_the_environments():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         zoo.DQN(**arguments)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch():
+    model = zoo.DQN(hidden=[8])
+    broken = transitions(reward=torch.full((6,), torch.nan))
+    loader = DataLoader([transitions(), broken], batch_size=None)
+    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = Trainer(**options, max_epochs=1, enable_model_summary=False, callbacks=[StopOnNonFiniteLoss()])
+    with pytest.raises(NonFiniteLossError, match="epoch 0, batch 1"):
+        trainer.fit(model, loader)
+
+
+@pytest.mark.slow
+def test_two_processes_play_the_same_episodes_as_one():
+    pytest.importorskip("gymnasium")
+    from datamodules import GymDataModule
+
+    found = []
+    torch.manual_seed(0)
+    model = zoo.DQN()
+    for strategy, devices in (("auto", 1), ("ddp_fork", 2)):
+        data = GymDataModule(test_episodes=7, eval_envs=3)
+        options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+        trainer = Trainer(**options, accelerator="cpu", strategy=strategy, devices=devices)
+        found.append({k: float(v) for k, v in trainer.test(model, data, verbose=False)[0].items()})
+    assert found[0] == found[1]
+    assert found[0]["test/episodes"] == 7

@@ -91,7 +91,8 @@ def episode_figure(episode: dict[str, Any], what: str) -> "Figure":
         scene = figure.add_subplot(grid[0, place])
         scene.imshow(frames[step].numpy())
         scene.set_title(f"step {step}", fontsize=8)
-        scene.axis("off")
+        scene.set_xticks([])
+        scene.set_yticks([])
     axes = figure.add_subplot(grid[-1, :])
     for action in range(scores.shape[1]):
         axes.plot(scores[:, action], linewidth=1, label=f"action {action}")
