@@ -158,7 +158,7 @@ def write_videos(folder: Path, sizes: dict[Split, int], seed: int = 0) -> None:
                 write_video(whole / split / motion / f"{index:05d}.mp4", frames, RATE)
 
 
-def write_video(path: Path, frames: np.ndarray, rate: int, quality: int = 16) -> None:
+def write_video(path: Path, frames: np.ndarray, rate: int, quality: int = 20) -> None:
     """Encode frames, uint8 (T, H, W, 3) of even height and width, as H.264 in mp4.
 
     Args:
@@ -169,11 +169,12 @@ def write_video(path: Path, frames: np.ndarray, rate: int, quality: int = 16) ->
     """
     av = video_library()
     with av.open(str(path), "w") as container:
-        options = {"crf": str(quality), "preset": "veryfast"}
+        # With mbtree x264 gives another file each time for pictures as small as these.
+        options = {"crf": str(quality), "preset": "veryfast", "x264-params": "no-mbtree=1"}
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.thread_count = 1
+        stream.codec_context.thread_count = 1
         for pixels in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
         container.mux(stream.encode(None))
@@ -228,7 +229,7 @@ def draw_look(rng: np.random.Generator, side: int) -> Look:
     coarse = rng.integers(0, 256, (int(rng.integers(4, 10)),) * 2 + (3,), dtype=np.uint8)
     texture = resize(coarse, side, side).permute(1, 2, 0).numpy() - 127.5
     ground = base + rng.uniform(0.1, 0.3) * texture
-    return Look(outline, colour.astype(np.float32), ground.astype(np.float32))
+    return Look(outline, colour.astype(np.float32), ground.astype(np.float32, order="C"))
 
 
 def render(look: Look, states: np.ndarray) -> np.ndarray:
