@@ -715,13 +715,14 @@ def test_the_hostile_pickles_do_run_where_nothing_stops_them(tmp_path):
     assert (tmp_path / "ran").exists()
 
 
-def test_a_changed_pickle_is_read_as_numbers_or_refused(tmp_path, monkeypatch):
-    """Two thousand seeded mutations; whatever they name, nothing but the four stand-ins is ever looked up."""
+@pytest.mark.parametrize("mutations", [300, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_changed_pickle_is_read_as_numbers_or_refused(mutations, tmp_path, monkeypatch):
+    """Seeded mutations; whatever they name, nothing but the four stand-ins is ever looked up."""
     monkeypatch.setattr(pickle, "_getattribute", None)  # what would look a name up
     rng = np.random.default_rng(7)
     originals = [hand_written(reference(20)), pickle.dumps(reference(20), protocol=4), pickle.dumps(reference(3), 0)]
     path, refused, read = tmp_path / "00.dat", 0, 0
-    for number in range(2000):
+    for number in range(mutations):
         content = bytearray(originals[number % 3])
         head = min(len(content), 200)  # what is not the numbers themselves
         for _ in range(int(rng.integers(1, 3))):
@@ -746,8 +747,8 @@ def test_a_changed_pickle_is_read_as_numbers_or_refused(tmp_path, monkeypatch):
             refused += str(path) in str(error)
         else:
             read += 1
-    assert refused + read == 2000
-    assert min(refused, read) > 50
+    assert refused + read == mutations
+    assert min(refused, read) > mutations / 40
     assert os.listdir(tmp_path) == ["00.dat"]
 
 

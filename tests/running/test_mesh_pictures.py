@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from zoo.running import mesh_pictures
 from zoo.running.mesh_pictures import (
     AWAY,
     ELEVATION,
@@ -95,15 +96,17 @@ def test_what_is_in_front_hides_what_is_behind_and_up_is_up(as_points):
     assert columns.mean() == pytest.approx(99.5, abs=1)
 
 
-def test_a_sheet_has_images_predictions_and_truths_and_may_have_none():
+def test_a_sheet_has_images_predictions_and_truths_and_may_have_none(monkeypatch):
+    monkeypatch.setattr(mesh_pictures, "SIDE", 24)
     for pairs in ([pair(), pair()], [pair(False)], [pair(), pair(False)], []):
         with Image.open(io.BytesIO(to_png(meshes_figure(pairs)))) as sheet:
             assert min(sheet.size) > 40
 
 
-def test_a_turntable_goes_round_once_without_a_jump():
+def test_a_turntable_goes_round_once_without_a_jump(monkeypatch):
+    monkeypatch.setattr(mesh_pictures, "FRAME_SIDE", 50)
     frames = turntable([pair(), pair(), pair(), pair(), pair()])
-    assert {frame.shape for frame in frames} == {(280, 560, 3)}
+    assert {frame.shape for frame in frames} == {(100, 200, 3)}
     steps = [float(np.abs(a.astype(int) - b).mean()) for a, b in zip(frames, frames[1:] + frames[:1], strict=True)]
     assert max(steps) < 3 * np.median(steps)
     with Image.open(io.BytesIO(to_gif(frames))) as animation:

@@ -11,6 +11,7 @@ from torchvision.transforms.v2.functional import resize
 
 import zoo
 from zoo.cli import main
+from zoo.running import mesh_pictures
 
 trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("embreex")
@@ -51,7 +52,9 @@ def by_hand(model, path):
         return model(resize(square.permute(2, 0, 1), [48, 48], antialias=True)[None])[0]
 
 
-def test_the_command_writes_the_meshes_that_the_model_makes(weights, pictures, capsys):
+def test_the_command_writes_the_meshes_that_the_model_makes(weights, pictures, capsys, monkeypatch):
+    for name, value in (("SIDE", 40), ("FRAME_SIDE", 40), ("FRAMES", 4)):
+        monkeypatch.setattr(mesh_pictures, name, value)
     assert main(["predict", weights, "mine", "--batch_size", "2", "--device", "cpu", "--out", "out"]) == 1
     output, errors = capsys.readouterr()
     assert "broken.png is left out" in errors

@@ -11,6 +11,7 @@ from PIL import Image
 from scipy.spatial.distance import cdist
 from torch import nn, optim
 
+from zoo.running import mesh_pictures
 from zoo.running.pictures import to_png
 from zoo.running.predictions import WritePredictions
 from zoo.tasks.mesh import Meshes, MeshTask
@@ -19,9 +20,18 @@ from zoo.tasks.mesh_losses import Pix2MeshLoss
 trimesh = pytest.importorskip("trimesh")
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 NAMES = ["chair", "lamp", "unseen"]
+SHOWN = 3
 OCTAHEDRON = torch.tensor([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1]]).float()
 FACES = torch.tensor([[0, 2, 4], [2, 1, 4], [1, 3, 4], [3, 0, 4], [2, 0, 5], [1, 2, 5], [3, 1, 5], [0, 3, 5]])
 EDGES = torch.tensor([[0, 2], [0, 3], [0, 4], [0, 5], [1, 2], [1, 3], [1, 4], [1, 5], [2, 4], [2, 5], [3, 4], [3, 5]])
+
+
+@pytest.fixture(autouse=True)
+def _small_pictures(monkeypatch):
+    """Pictures of few pixels, and few of them: test_mesh_pictures.py looks at what they show."""
+    for name, value in (("SIDE", 24), ("FRAME_SIDE", 24), ("FRAMES", 5)):
+        monkeypatch.setattr(mesh_pictures, name, value)
+    monkeypatch.setattr("zoo.tasks.mesh.SHOWN", SHOWN)
 
 
 class Oracle(MeshTask):
@@ -186,12 +196,12 @@ def test_a_test_draws_a_sheet_a_turning_picture_and_a_page(tmp_path):
     written = sorted((tmp_path / "0" / "pictures").iterdir())
     assert [path.name for path in written] == ["test_meshes.gif", "test_meshes.html", "test_meshes.png"]
     with Image.open(written[0]) as animation:
-        assert animation.n_frames == 24
+        assert animation.n_frames == 5
     with Image.open(written[2]) as sheet:
         assert len(set(sheet.convert("L").tobytes())) > 20
     assert written[1].read_bytes() == (tmp_path / "1" / "pictures" / "test_meshes.html").read_bytes()
     content = json.loads(written[1].read_text().split("const content = ")[1].split(";\n")[0])
-    assert len(content["pairs"]) == 6
+    assert len(content["pairs"]) == SHOWN
     captions = {pair["caption"] for pair in content["pairs"]}
     scores = [by_hand(k) for k in (0, 1, 2, 3, 4, 6, 7, 8, 9)]
     assert captions <= {f"{name}\nChamfer {s[0]:.2f}, F {s[1]:.1%}" for s in scores for name in NAMES}
@@ -207,6 +217,7 @@ def test_the_truth_is_shown_as_the_data_modules_mesh_where_it_has_one(tmp_path, 
                 raise ValueError("points only")
             return OCTAHEDRON * index, FACES
 
+    monkeypatch.setattr("zoo.tasks.mesh.SHOWN", 6)
     monkeypatch.setattr("zoo.tasks.mesh.log_meshes", lambda module, name, pairs: shown.extend(pairs))
     Trainer(**QUIET, logger=CSVLogger(tmp_path)).test(Oracle(), WithMeshes([[0, 1], [2, 3]]), verbose=False)
     assert sorted(asked) == [("test", index) for index in range(4)]
@@ -220,17 +231,18 @@ def test_the_truth_is_shown_as_the_data_modules_mesh_where_it_has_one(tmp_path, 
 
 
 def test_the_shown_views_are_drawn_from_all_evenly(monkeypatch):
-    """Of 30 views each must be among the 6 in about a fifth of 200 draws."""
-    model, counts = Oracle(), np.zeros(30)
+    """Of 15 views each must be among the 3 in about a fifth of 200 draws."""
+    model, counts = Oracle(), np.zeros(15)
+    places = torch.arange(15).split(4)
+    batches = [batch([0] * len(place)) | {"place": place} for place in places]
     monkeypatch.setattr(model, "_pair", lambda *_: None)
     monkeypatch.setattr(model, "_count", lambda meshes, given, *scores: given["place"])
     for seed in range(200):
         model._draw.manual_seed(seed)
         model._drawn = []
-        for first in range(0, 30, 4):
-            place = torch.arange(first, min(first + 4, 30))
-            model.test_step(batch([0] * len(place)) | {"place": place}, 0)
-        assert len(model._drawn) == 6
+        for given in batches:
+            model.test_step(given, 0)
+        assert len(model._drawn) == SHOWN
         counts[[place for _, place, _ in model._drawn]] += 1
     # Binomial with p = 0.2: mean 40, deviation 5.7.
     assert abs(counts - 40).max() < 5 * 5.7
