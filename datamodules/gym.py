@@ -2,9 +2,9 @@
 
 Needs gymnasium, and ale-py for Atari's games: ``pip install 'zoo[control]'``.
 
-The model that trains is asked through the Trainer for three things, and never imported: ``act(obs, greedy)``, actions
-int64 (N,) for observations (N, *shape), both numpy; ``exploration(steps)``, the chance of a random action after so
-many steps in the environments; and, where it has one, ``priorities``. Without a Trainer actions are drawn evenly.
+The model that trains is asked through the Trainer for two things, and never imported: ``act(obs, greedy)``, actions
+int64 (N,) for observations (N, *shape), both numpy; and, where it has it, ``exploration(steps)``, the chance of a
+random action after so many steps in the environments. Without a Trainer actions are drawn evenly.
 """
 
 import os
