@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PAIRS = 2**24  # of points whose distances are held at a time on a GPU: 64 MiB
-LEAF = 16  # points of a tree's leaf
+LEAF = 24  # points of a tree's leaf
 SHORTEST = 1e-6  # length of an edge below which its direction counts for less; the published code's
 
 
