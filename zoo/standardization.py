@@ -45,8 +45,6 @@ class Standardize(nn.Module):
         return (images - self.mean) / self.std
 
 
-def standardized(
-    network: nn.Module, mean: Sequence[float], std: Sequence[float], dimensions: int = 2
-) -> nn.Sequential:
+def standardized(network: nn.Module, mean: Sequence[float], std: Sequence[float], dimensions: int = 2) -> nn.Sequential:
     """``network`` behind a layer that standardises its images or clips; its tensors are then called ``network.…``."""
     return nn.Sequential(OrderedDict(standardize=Standardize(mean, std, dimensions), network=network))
