@@ -228,6 +228,19 @@ def test_files_are_closed_however_reading_ended(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_memory_does_not_grow_with_the_videos_that_were_read(tmp_path):
+    path = write(tmp_path / "a.mp4", 30, options={"g": "8"})
+
+    def mebibytes_after(count):
+        for k in range(count):
+            with VideoFile(path) as video:
+                video.frames(np.linspace(0, 0.9, 8) * (k % 10) / 10, short_side=48)
+        return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    first = mebibytes_after(30)
+    assert mebibytes_after(120) - first < 4  # files left open take 100
+
+
 # Real files
 
 
