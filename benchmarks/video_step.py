@@ -10,6 +10,14 @@ SlowFast 4 x 16 of depth 50 with clips of 32 frames on a CPU: forward, backward 
 
 Rounds are interleaved and the median of each way is compared, since machines are noisy; only ratios mean something.
 Times are those of the processor.
+
+Measured on 23 November 2026 on two cores of an Intel Xeon at 2.5 GHz on which eight or more other processes ran at the
+same time (torch 2.14.1, pytorchvideo 0.1.5, one thread, three rounds, width 16, beta_inv 4, 64 pixels):
+
+    batch 2    zoo, contiguous / zoo 0.91   pytorchvideo / zoo 0.94
+    batch 8    zoo, contiguous / zoo 0.89   pytorchvideo / zoo 0.86
+
+So ``channels_last_3d`` did not pay there, and pytorchvideo's network was the faster. To be measured again in quiet.
 """
 
 import argparse
