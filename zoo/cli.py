@@ -39,6 +39,8 @@ usage: zoo COMMAND …
   zoo test RECIPE --ensemble FILE FILE…      the mean probabilities of several checkpoints
   zoo predict FILE PICTURE|FOLDER…           pictures of your own, by a .ckpt or .safetensors of the zoo
               [--out DIR] [--device cpu|cuda|mps] [--top 5 | --score_threshold 0.5]     their classes, objects, meshes
+  zoo explain FILE|ARCHITECTURE METHOD PICTURE|FOLDER…       what a classifier looks at, and pictures that it would like
+              [--layer NAME] [--target CLASS] [--out DIR] [--seed 0]     to see; without METHOD a page of all that apply
   zoo export CHECKPOINT --format safetensors|onnx|pt2 [--out FILE]
 
 An override is any key of the recipe: --trainer.max_epochs 3 --data.init_args.root my/data --seed_everything 1.
@@ -384,6 +386,34 @@ def _export(arguments: list[str]) -> int:
     return 0
 
 
+def _explain(arguments: list[str]) -> int:
+    methods = (
+        "filters, activations, patches, neighbours, pca, tsne, saliency, guided, grad_cam, occlusion, segmentation, "
+        "adversarial, class, inversion, dream, texture, style"
+    )
+    parser = _Parser("explain", f"Look into a classifier of pictures. The methods: {methods}.")
+    parser.add_argument(
+        "model", metavar="MODEL", help=".ckpt, .safetensors, or an architecture as in `zoo list`: its published weights"
+    )
+    parser.add_argument(
+        "words", nargs="+", metavar="[METHOD] PICTURE|FOLDER",
+        help="without a method one page of all that apply; for style the last picture is the manner",
+    )  # fmt: skip
+    parser.add_argument("--layer", help="as in `zoo show`; by default one that suits the method")
+    parser.add_argument("--target", metavar="CLASS", help="name or number; by default what the model sees")
+    parser.add_argument("--out", type=Path, default=Path("explanations"), help="folder; by default explanations")
+    parser.add_argument("--steps", type=_positive, help="of what is optimised; by default what suits the method")
+    parser.add_argument("--seed", type=int, default=0, help="of what is random")
+    parser.add_argument("--weights", help="of an architecture: a name or a file; by default DEFAULT")
+    chosen = parser.parse(arguments[1:])
+    from zoo.running.explained_files import explain
+
+    quieten()
+    with refusing():
+        explain(**vars(chosen))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "list": _list,
     "show": _show,
@@ -396,5 +426,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "validate": _run,
     "test": _run,
     "predict": _run,
+    "explain": _explain,
     "export": _export,
 }

@@ -34,6 +34,16 @@ def test_steps_norm_and_stop_are_those_of_the_formula(linear):
     assert linear[1].weight.requires_grad
 
 
+def test_a_file_of_it_fools_too(linear):
+    # After 3 steps 0.5994 is above 0.599, but both are 153 of 255.
+    images = picture(0.599, 0.2994)
+    assert fool(linear, images, 1, rate=0.1).steps.tolist() == [3]
+    found = fool(linear, images, 1, rate=0.1, as_file=True)
+    assert found.steps.tolist() == [4]
+    torch.testing.assert_close(found.images * 255, (found.images * 255).round(), atol=1e-4, rtol=0)
+    assert linear(found.images).argmax(1).tolist() == [1]
+
+
 def test_it_stays_within_0_and_1_and_alone_is_as_in_a_batch():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(inplace=True), nn.Linear(16, 4))

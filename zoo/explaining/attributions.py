@@ -104,7 +104,7 @@ def occlusion(
         model: As for :func:`saliency`.
         images: (N, C, H, W) in [0, 1].
         targets: As for :func:`saliency`.
-        patch: Its side in pixels; None is a seventh of the shorter side.
+        patch: Its side in pixels; None is a fifth of the shorter side.
         stride: From one patch to the next; None is half of a patch.
         of: What falls: the probability of the class, or its score.
         batch_size: Covered pictures in one forward pass.
@@ -117,7 +117,7 @@ def occlusion(
         ValueError: There is no such class, or a patch is larger than the picture.
     """
     channels, height, width = images.shape[1:]
-    patch = patch or max(1, min(height, width) // 7)
+    patch = patch or max(1, min(height, width) // 5)
     stride = stride or max(1, patch // 2)
     if not stride <= patch <= min(height, width):
         raise ValueError(

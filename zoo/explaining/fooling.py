@@ -36,6 +36,7 @@ def fool(
     targets: int | list[int] | Tensor,
     steps: int = 100,
     rate: float = 0.1,
+    as_file: bool = False,
     progress: Progress | None = None,
 ) -> Fooling:
     """Climb the score of a wanted class in steps of a fixed length until the network sees it.
@@ -49,6 +50,8 @@ def fool(
         targets: The wanted class, or one for each image.
         steps: At most so many.
         rate: Euclidean length of a step, in pixel values of [0, 1].
+        as_file: Go on until the picture rounded to 8 bits, as a file has it, is seen so too, and give that. Where the
+            network has just changed its mind rounding brings it back.
         progress: Is told the steps that are done, and all.
 
     Raises:
@@ -64,6 +67,8 @@ def fool(
             scores = model(given)
             wanted = chosen_classes(scores, _part(targets, left))
             reached = scores.argmax(1) == wanted
+            if as_file and reached.any():
+                reached[reached.clone()] = model(_rounded(given[reached])).argmax(1) == wanted[reached]
             fooled[left[reached]] = True
             if fooled.all() or step == steps:
                 break
@@ -76,7 +81,7 @@ def fool(
                 progress(step + 1, steps)
     if progress is not None:
         progress(steps, steps)
-    return _fooling(images, changed, fooled, taken)
+    return _fooling(images, _rounded(changed) if as_file else changed, fooled, taken)
 
 
 def fgsm(model: nn.Module, images: Tensor, epsilon: float = 2 / 255, targets: Targets = None) -> Fooling:
@@ -146,6 +151,10 @@ def _without_captums_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Input Tensor")
         yield
+
+
+def _rounded(images: Tensor) -> Tensor:
+    return (images.detach() * 255).round() / 255
 
 
 def _part(targets: int | list[int] | Tensor, left: Tensor) -> Tensor:

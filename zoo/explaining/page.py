@@ -1,0 +1,131 @@
+"""What was found, as sheets of pictures and as one HTML page that needs nothing beside it."""
+
+import base64
+import html
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Pictures of one method, with what is to be said of them.
+
+    Attributes:
+        title: What they are.
+        note: Settings, norms and losses.
+        images: (H, W) or (C, H, W) in [0, 1] each; sizes may differ.
+        captions: One for each.
+        columns: Of the sheet.
+    """
+
+    title: str
+    note: str
+    images: list[Tensor]
+    captions: list[str]
+    columns: int
+
+    def figure(self) -> "Figure":
+        """The sheet."""
+        from matplotlib.figure import Figure
+
+        rows = -(-len(self.images) // self.columns)
+        figure = Figure(figsize=(max(2.3 * self.columns, 5.0), 2.6 * rows + 0.5), layout="constrained")
+        figure.suptitle(self.title, fontsize=11)
+        for place, (image, caption) in enumerate(zip(self.images, self.captions, strict=True), 1):
+            axes = figure.add_subplot(rows, self.columns, place)
+            axes.axis("off")
+            axes.set_title(caption.replace("$", r"\$"), fontsize=8)  # no formula
+            axes.imshow(rgb(image).permute(1, 2, 0).numpy(), interpolation="nearest" if image.shape[-1] < 32 else None)
+        return figure
+
+
+def rgb(image: Tensor) -> Tensor:
+    """(H, W), (1, H, W) or (3, H, W) to (3, H, W) in [0, 1], on the CPU."""
+    plain = image.detach().float().cpu().clamp(0, 1)
+    plain = plain[None] if plain.ndim == 2 else plain
+    return plain.expand(3, -1, -1) if plain.shape[0] == 1 else plain[:3]
+
+
+def coloured(values: Tensor) -> Tensor:
+    """A map (H, W) in colours from black to yellow (3, H, W); its largest hundredth is brightest."""
+    from matplotlib import colormaps
+
+    scale = values.flatten().quantile(0.99)
+    scale = scale if scale > 0 else values.max().clamp_min(1e-12)
+    shown = colormaps["inferno"]((values / scale).clamp(0, 1).cpu().numpy())[..., :3]
+    return torch.from_numpy(shown).float().permute(2, 0, 1)
+
+
+def over(image: Tensor, values: Tensor) -> Tensor:
+    """A map (H, W) in colours over its picture (C, H, W) in grey."""
+    return (0.4 * rgb(image).mean(0) + 0.6 * coloured(values)).clamp(0, 1)
+
+
+def signed(change: Tensor) -> Tensor:
+    """(C, H, W) with sign around grey; its largest two hundredths are cut off."""
+    scale = change.abs().flatten()[:: max(1, change.numel() // 100_000)].quantile(0.99).clamp_min(1e-12)
+    return (0.5 + change / scale / 2).clamp(0, 1)
+
+
+def scattered(images: Tensor, plane: Tensor, side: int = 640, thumbnail: int = 64) -> Tensor:
+    """Pictures (N, C, H, W) laid out at their places in the plane (N, 2): (3, side, side)."""
+    canvas = torch.ones(3, side, side)
+    low, high = plane.amin(0), plane.amax(0)
+    places = ((plane - low) / (high - low).clamp_min(1e-12) * (side - thumbnail)).round().int().tolist()
+    small = F.interpolate(images.float().cpu(), (thumbnail, thumbnail), mode="bilinear", antialias=True)
+    for (x, y), picture in zip(places, small, strict=True):
+        top = side - thumbnail - y  # upwards, as in a plot
+        canvas[:, top : top + thumbnail, x : x + thumbnail] = rgb(picture)
+    return canvas
+
+
+def write_page(path: Path, title: str, sheets: list[tuple[Sheet, bytes]], left_out: dict[str, str]) -> None:
+    """Write the page, complete or not at all.
+
+    Args:
+        path: The page.
+        title: Its heading.
+        sheets: Each with its picture as a PNG file's content.
+        left_out: Methods that do not apply, with the reason.
+    """
+    from zoo.running.checkpoint import replacing
+
+    sections = "\n".join(_section(sheet, png) for sheet, png in sheets)
+    reasons = "".join(f"<li>{html.escape(method)}: {html.escape(why)}</li>" for method, why in left_out.items())
+    without = f"<h2>Left out</h2><ul>{reasons}</ul>" if reasons else ""
+    with replacing(path) as partial:
+        partial.write_text(PAGE.format(title=html.escape(title), sections=sections, without=without), encoding="utf-8")
+
+
+def _section(sheet: Sheet, png: bytes) -> str:
+    title, data = html.escape(sheet.title), base64.b64encode(png).decode()
+    return f'<h2>{title}</h2><p>{html.escape(sheet.note)}</p><img alt="{title}" src="data:image/png;base64,{data}">'
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; }}
+h1 {{ font-size: 1.5rem; }} h2 {{ margin-top: 2.5rem; border-bottom: 1px solid #ddd; }}
+img {{ max-width: 100%; height: auto; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{sections}
+{without}
+</body>
+</html>
+"""
