@@ -31,7 +31,7 @@ class Patch:
     pixels: Tensor
 
 
-def first_filters(model: nn.Module, size: tuple[int, int, int]) -> Tensor:
+def first_filters(model: nn.Module, size: Sequence[int]) -> Tensor:
     """The filters of the first layer that looks at pixels, each scaled to [0, 1] by its own range.
 
     Args:
@@ -49,7 +49,7 @@ def first_filters(model: nn.Module, size: tuple[int, int, int]) -> Tensor:
     return (filters - low) / (high - low).clamp_min(1e-12)
 
 
-def _first_weights(model: nn.Module, size: tuple[int, int, int]) -> Tensor:
+def _first_weights(model: nn.Module, size: Sequence[int]) -> Tensor:
     channels, height, width = size
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):

@@ -74,7 +74,7 @@ def style_loss(features: Tensor, wanted: Tensor) -> Tensor:
 def class_visualization(
     model: nn.Module,
     targets: Sequence[int],
-    size: tuple[int, int, int] = (3, 224, 224),
+    size: Sequence[int] = (3, 224, 224),
     steps: int = 200,
     rate: float = 0.05,
     penalty: float = 0.02,

@@ -219,7 +219,7 @@ def _bar() -> Iterator[Progress]:
 
 
 def _filters(question: Question) -> Answer:
-    filters = first_filters(question.model, tuple(question.images.shape[1:]))
+    filters = first_filters(question.model, question.images.shape[1:])
     note = f"{len(filters)} filters of {filters.shape[2]}x{filters.shape[3]}, each scaled by its own range"
     return Answer(Sheet("filters of the first layer", note, list(filters[:SHOWN]), [""] * len(filters[:SHOWN]), 8))
 
@@ -348,7 +348,7 @@ def _adversarial(question: Question) -> Answer:
 
 def _class(question: Question) -> Answer:
     classes = list(dict.fromkeys(question.seen()))
-    size: tuple[int, int, int] = tuple(question.images.shape[1:])  # type: ignore[assignment]
+    size = question.images.shape[1:]
     steps = question.steps or 200
     found = class_visualization(question.model, classes, size, steps, seed=question.seed, progress=question.progress)
     note = f"{steps} steps from noise; score less penalty {found.losses[0]:.1f} → {found.losses[-1]:.1f}"
