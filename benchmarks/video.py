@@ -94,20 +94,23 @@ def jobs(paths: list[Path], count: int) -> list[Job]:
 
 
 def whole(job: Job, short_side: int, picked: bool = False) -> list:
-    """A loop over all frames."""
+    """A loop over all frames; only those of the clip are kept, since a minute of them would not fit everywhere."""
     path, times = job
+    clip: list = []
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        frames, stamps = [], []
+        last = None
         for frame in container.decode(stream):
-            frames.append(frame if picked else frame.to_ndarray(format="rgb24"))
-            stamps.append(frame.pts)
-        stamps = (np.array(stamps) - stamps[0]) * float(stream.time_base)
-    rows = (np.searchsorted(stamps, times + 1e-3, side="right") - 1).clip(0)
-    pixels = {k: frames[k].to_ndarray(format="rgb24") if picked else frames[k] for k in set(rows.tolist())}
-    small = {k: resize_short_side(frame, short_side) for k, frame in pixels.items()}
-    return [small[k] for k in rows.tolist()]
+            seen = frame if picked else frame.to_ndarray(format="rgb24")
+            shown = (frame.pts - (stream.start_time or 0)) * float(stream.time_base)
+            while len(clip) < len(times) and times[len(clip)] + 1e-3 < shown:
+                clip.append(seen if last is None else last)
+            last = seen
+    clip += [last] * (len(times) - len(clip))
+    pixels = {id(frame): frame.to_ndarray(format="rgb24") if picked else frame for frame in clip}
+    small = {key: resize_short_side(frame, short_side) for key, frame in pixels.items()}
+    return [small[id(frame)] for frame in clip]
 
 
 def by_decord(job: Job, short_side: int) -> list:
@@ -165,7 +168,7 @@ def compare(title: str, clips: list[Job], arguments: argparse.Namespace) -> None
     print(f"{title}; clips per second of one core, median of {arguments.rounds} rounds of {len(clips)}")
     for name, values in speeds.items():
         median = statistics.median(values)
-        print(f"  {name:20s} {median:7.2f}  (max {max(values):.2f})  {median / first:.2f} x PyAV, whole")
+        print(f"  {name:20s} {median:7.2f}  (max {max(values):.2f})  {median / first:.2f} x PyAV, whole", flush=True)
 
 
 if __name__ == "__main__":
