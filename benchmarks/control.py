@@ -22,7 +22,7 @@ Measured on 23 November 2026 on one thread of a 2-core server with a load of 15 
 ale-py 0.12.1), a single round of 768 steps, so that a tenth more or less means nothing:
 
     learning  plain 330, plain-8 280, sb3 159, zoo 235 steps/s: zoo / plain 0.71, zoo / sb3 1.47. Not
-              reached are 1.0 and 1.5: with so small a network, Lightning's own work in each update is what costs.
+              reached are 1.0 and 1.5, probably for Lightning's own work in each update, which was not measured apart.
     replay    1,232 batches/s of 7,075 bytes a transition; stacks held twice 2,281 of 56,448
     atari     wrappers 645, ale-py with 1 environment 839, with 8 1,308 agent steps/s
 """
