@@ -123,7 +123,7 @@ BY_HEART = {
     "classification": (["batch_size 16", "translate 0"], 50, 0.1),
     "control": (["batch_size 16"], 120, 0.1),  # while the target network stays as it is
     "detection": (["flip false", "scale_jitter null"], 24, 0.3),
-    "mesh": (["train_size 4", "val_size 0", "test_size 0", "views 1", "batch_size 4", "num_points 500"], 80, 0.2),
+    "mesh": (["train_size 8", "val_size 6", "views 1", "batch_size 4", "num_points 500"], 80, 0.2),
     "video": (["train_size 16", "batch_size 16", "seconds 2"], 100, 0.3),
     "generation": (["batch_size 16"], 240, 0.3),  # of what is above the entropy of grey pixels
 }
