@@ -137,6 +137,7 @@ def each(*slow: str) -> pytest.MarkDecorator:
 
 EVERY = each()
 LIKE_FASTER_RCNN = ("KeypointRCNN", "MaskRCNN")  # it and a head: their trainings take long
+LIKE_FRAME_FUSION = ("C3D", "CNNLSTM", "I3D", "SlowFast")  # the same task, with larger networks
 SMALL_NETWORKS = (
     "DQN", "DeepConvNet", "FullyConnectedNet", "KNearestNeighbors", "LeNet", "LinearClassifier", "PreActResNet"
 )  # fmt: skip
@@ -277,7 +278,7 @@ def test_it_is_final_documented_and_takes_plain_arguments(name):
     assert {"optimizer", "scheduler", "weights"} <= set(parameters)
 
 
-@each("AlexNet", "GoogLeNet", "VGG", *LIKE_FASTER_RCNN)
+@each("AlexNet", "GoogLeNet", "VGG", *LIKE_FASTER_RCNN, *LIKE_FRAME_FUSION)
 def test_fast_dev_run_of_every_command(name, tmp_path):
     model, _ = build(name)
     zoo.save(model, tmp_path / "start.safetensors")
@@ -342,7 +343,7 @@ class StopAfter(Callback):
             trainer._signal_connector.received_sigterm = True
 
 
-@each(*LIKE_FASTER_RCNN)
+@each(*LIKE_FASTER_RCNN, *LIKE_FRAME_FUSION)
 def test_stopped_in_the_middle_of_an_epoch_and_resumed_it_ends_with_the_same_weights(name, tmp_path):
     straight, data = build(name)
     reference = fit(straight, data, limit_train_batches=4)
@@ -363,7 +364,11 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed_it_ends_with_the_same_wei
     ("name", "samples"),
     [
         # A single sample, so that a process has none, concerns the task more than the architecture.
-        pytest.param(name, samples, marks=[pytest.mark.slow] * (name in LIKE_FASTER_RCNN or name not in few))
+        pytest.param(
+            name,
+            samples,
+            marks=[pytest.mark.slow] * (name in (*LIKE_FASTER_RCNN, *LIKE_FRAME_FUSION) or name not in few),
+        )
         for samples, few in ((1, ("FasterRCNN", "LeNet", "YOLOv3")), (21, ARCHITECTURES))
         for name in ARCHITECTURES
     ],
@@ -451,7 +456,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(name):
         fit(model, data, [StopOnNonFiniteLoss()])
 
 
-@EVERY
+@each(*LIKE_FRAME_FUSION)
 def test_predict_writes_what_a_person_can_look_at(name, trained, tmp_path):
     path, _, _ = trained
     assert main(["predict", f"{folder_of(name)}/embedded", "--ckpt_path", str(path), *small(name)]) == 0
@@ -463,7 +468,7 @@ def test_predict_writes_what_a_person_can_look_at(name, trained, tmp_path):
         assert len(set(picture.convert("L").tobytes())) > 20, "an empty picture"
 
 
-@EVERY
+@each(*LIKE_FRAME_FUSION)
 def test_it_exports_and_gives_the_same_outputs(name, trained, tmp_path):
     path, model, data = trained
     images = example(model, data, 5)
@@ -471,7 +476,7 @@ def test_it_exports_and_gives_the_same_outputs(name, trained, tmp_path):
     torch.testing.assert_close(program.module()(images), model(images), rtol=1e-5, atol=1e-5)
 
 
-@EVERY
+@each(*LIKE_FRAME_FUSION)
 def test_it_exports_to_onnx_and_gives_the_same_outputs(name, trained, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     path, model, data = trained

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from zoo.deep_conv_net import DeepConvNet
     from zoo.dqn import DQN
     from zoo.faster_rcnn import FasterRCNN
+    from zoo.frame_fusion import FrameFusion
     from zoo.fully_connected import FullyConnectedNet
     from zoo.gan import GAN
     from zoo.googlenet import GoogLeNet
@@ -45,6 +46,7 @@ ARCHITECTURES = {
     "DQN": "zoo.dqn",
     "DeepConvNet": "zoo.deep_conv_net",
     "FasterRCNN": "zoo.faster_rcnn",
+    "FrameFusion": "zoo.frame_fusion",
     "FullyConnectedNet": "zoo.fully_connected",
     "GAN": "zoo.gan",
     "GoogLeNet": "zoo.googlenet",
@@ -74,6 +76,7 @@ __all__ = [
     "DQN",
     "DeepConvNet",
     "FasterRCNN",
+    "FrameFusion",
     "FullyConnectedNet",
     "GAN",
     "GoogLeNet",
