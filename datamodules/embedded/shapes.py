@@ -100,6 +100,10 @@ class ShapesDataModule(ShapeNetDataModule):
             raise ValueError(f"categories: there is no {unknown[0]!r}, there are {', '.join(MAKERS)}")
         if not chosen or len(set(chosen)) < len(chosen):
             raise ValueError(f"categories={categories} must name one category at least, and none twice")
+        if self.sizes["train"] < len(chosen):
+            raise ValueError(
+                f"train_size={self.sizes['train']} must be at least {len(chosen)}, a shape of each category"
+            )
         self.category_folders = {FOLDERS[name]: name for name in chosen}
         self.renderings, self.meshes = self.folder / "ShapeNetRendering", self.folder / "ShapeNetCore.v1"
         self.lists = {split: self.folder / LISTS[split][0] for split, count in self.sizes.items() if count}

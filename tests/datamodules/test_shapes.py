@@ -237,6 +237,7 @@ def test_some_categories_in_their_order(tmp_path):
     ("wrong", "message"),
     [
         ({"train_size": 0}, "train_size=0 and views=2 must be at least 1"),
+        ({"train_size": 5}, "train_size=5 must be at least 6, a shape of each category"),
         ({"views": 0}, "views=0 must be at least 1"),
         ({"val_size": 0.5}, "val_size=0.5 must be a number of shapes"),
         ({"categories": ["boat"]}, "there is no 'boat', there are plane, cabinet"),
