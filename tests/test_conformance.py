@@ -137,7 +137,9 @@ def each(*slow: str) -> pytest.MarkDecorator:
 
 EVERY = each()
 LIKE_FASTER_RCNN = ("KeypointRCNN", "MaskRCNN")  # it and a head: their trainings take long
+LIKE_RESNET = ("AlexNet", "GoogLeNet", "SqueezeNet", "VGG")  # torchvision's, of the same task, and larger
 LIKE_FRAME_FUSION = ("C3D", "CNNLSTM", "I3D", "SlowFast")  # the same task, with larger networks
+LARGE = (*LIKE_FASTER_RCNN, *LIKE_RESNET, *LIKE_FRAME_FUSION)  # what others of their task show is asked less often
 SMALL_NETWORKS = (
     "DQN", "DeepConvNet", "FullyConnectedNet", "KNearestNeighbors", "LeNet", "LinearClassifier", "PreActResNet"
 )  # fmt: skip
@@ -278,7 +280,7 @@ def test_it_is_final_documented_and_takes_plain_arguments(name):
     assert {"optimizer", "scheduler", "weights"} <= set(parameters)
 
 
-@each("AlexNet", "GoogLeNet", "VGG", *LIKE_FASTER_RCNN, *LIKE_FRAME_FUSION)
+@each(*LARGE)
 def test_fast_dev_run_of_every_command(name, tmp_path):
     model, _ = build(name)
     zoo.save(model, tmp_path / "start.safetensors")
@@ -318,7 +320,7 @@ def test_it_starts_at_the_loss_of_chance_and_overfits_one_batch(name):
     assert min(losses.values[-5:]) - least < left * (losses.values[0] - least)
 
 
-@EVERY
+@each(*LIKE_FASTER_RCNN)
 def test_a_checkpoint_gives_the_same_outputs_bit_for_bit_also_through_safetensors(name, trained, tmp_path):
     path, model, data = trained
     torch.load(path, weights_only=True)
@@ -343,7 +345,7 @@ class StopAfter(Callback):
             trainer._signal_connector.received_sigterm = True
 
 
-@each(*LIKE_FASTER_RCNN, *LIKE_FRAME_FUSION)
+@each("Pix2Mesh", *LARGE)
 def test_stopped_in_the_middle_of_an_epoch_and_resumed_it_ends_with_the_same_weights(name, tmp_path):
     straight, data = build(name)
     reference = fit(straight, data, limit_train_batches=4)
@@ -367,7 +369,7 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed_it_ends_with_the_same_wei
         pytest.param(
             name,
             samples,
-            marks=[pytest.mark.slow] * (name in (*LIKE_FASTER_RCNN, *LIKE_FRAME_FUSION) or name not in few),
+            marks=[pytest.mark.slow] * (name in LARGE or name not in few),
         )
         for samples, few in ((1, ("FasterRCNN", "LeNet", "YOLOv3")), (21, ARCHITECTURES))
         for name in ARCHITECTURES
@@ -407,7 +409,7 @@ def test_every_parameter_gets_a_gradient(name):
     assert unused.names == []
 
 
-@EVERY
+@each(*LIKE_FASTER_RCNN)
 def test_fine_tuning_to_another_number_of_classes_replaces_the_head_and_only_the_head(name, trained):
     path, model, _ = trained
     if "num_classes" not in inspect.signature(type(model)).parameters:
@@ -425,7 +427,7 @@ def test_fine_tuning_to_another_number_of_classes_replaces_the_head_and_only_the
     assert same_weights(again, model), "the head of as many classes is kept"
 
 
-@EVERY
+@each(*LIKE_FASTER_RCNN, *LIKE_RESNET)
 def test_it_trains_in_a_plain_trainer_with_a_foreign_loader(name):
     model, data = build(name)
     control = task_of(name) == "control"  # it learns from experience and is evaluated by the returns of episodes
@@ -456,7 +458,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(name):
         fit(model, data, [StopOnNonFiniteLoss()])
 
 
-@each(*LIKE_FRAME_FUSION)
+@each(*LARGE)
 def test_predict_writes_what_a_person_can_look_at(name, trained, tmp_path):
     path, _, _ = trained
     assert main(["predict", f"{folder_of(name)}/embedded", "--ckpt_path", str(path), *small(name)]) == 0
@@ -468,7 +470,7 @@ def test_predict_writes_what_a_person_can_look_at(name, trained, tmp_path):
         assert len(set(picture.convert("L").tobytes())) > 20, "an empty picture"
 
 
-@each(*LIKE_FRAME_FUSION)
+@each("GoogLeNet", "Pix2Mesh", *LIKE_FRAME_FUSION)
 def test_it_exports_and_gives_the_same_outputs(name, trained, tmp_path):
     path, model, data = trained
     images = example(model, data, 5)
@@ -476,7 +478,7 @@ def test_it_exports_and_gives_the_same_outputs(name, trained, tmp_path):
     torch.testing.assert_close(program.module()(images), model(images), rtol=1e-5, atol=1e-5)
 
 
-@each(*LIKE_FRAME_FUSION)
+@each("GoogLeNet", "Pix2Mesh", *LIKE_FRAME_FUSION)
 def test_it_exports_to_onnx_and_gives_the_same_outputs(name, trained, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     path, model, data = trained
