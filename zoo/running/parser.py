@@ -111,7 +111,7 @@ def _suggest_class(kind: str, given: str) -> str:
     near = difflib.get_close_matches(asked, paths, n=2) or [name for name in paths if asked in name][:2]
     if near:
         return f": did you mean {' or '.join(paths[name] for name in near)}?"
-    return f": there are {', '.join(paths.values())}" if len(paths) < 25 else f": look in {home}"
+    return f": there are {', '.join(paths.values())}" if len(paths) < 40 else f": look in {home}"
 
 
 def _wrong_type(message: str) -> str | None:
