@@ -35,7 +35,9 @@ def test_a_still_clip_gives_the_output_of_its_picture(name, size):
         expected, found = network(picture), inflated(still(picture, 5))
     assert expected.std() > 0, "outputs that are all alike prove nothing"
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    assert list(inflated.state_dict()) == list(network.state_dict())
+    # What only a training of Inception v3 runs is no part of the inflated one.
+    kept = [key for key in network.state_dict() if not key.startswith("AuxLogits.")]
+    assert list(inflated.state_dict()) == kept
 
 
 @pytest.mark.slow

@@ -69,7 +69,8 @@ def inflate(network: nn.Module, frames: int | None = None) -> nn.Module:
         frames: Extent in time of what is wider than a pixel, odd; None takes that in space.
 
     Returns:
-        The new network, in the mode of the given one.
+        The new network, in the mode of the given one. What only a training runs, as the auxiliary classifier of
+        Inception v3, is no part of it.
 
     Raises:
         ValueError: It has a layer that cannot be inflated, or ``frames`` is even.
