@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help run test test-slow lint benchmark wheel clean
+.PHONY: help run test test-slow test-faults lint benchmark wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ test: $(VENV)/.installed-test  ## the tests that run in minutes, on all processo
 
 test-slow: $(VENV)/.installed-test  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-faults: $(VENV)/.installed-test  ## faults injected into runs, files and downloads
+	$(BIN)/python -m pytest -n auto -m faults $(ARGS)
 
 lint: $(VENV)/.installed-lint  ## formatter, linter and type checker
 	$(BIN)/ruff format --check .
