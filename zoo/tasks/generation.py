@@ -293,10 +293,10 @@ class GenerationTask(LightningModule):
         if self.trainer.is_global_zero and self.trainer.loggers and not self.trainer.sanity_checking:
             self._show_samples()
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count a batch of the test split, beside as many generated pictures."""
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Count a batch of the test split, beside as many generated pictures, which are returned, (N, C, H, W)."""
         self.test_count.update(float(len(batch[0])))
-        self._evaluate("test", self.test_scores, batch)
+        return self._evaluate("test", self.test_scores, batch)
 
     def on_test_epoch_end(self) -> None:
         """Log the numbers over all processes, samples with what the classifier sees, and the codes' neighbourhood."""
@@ -313,14 +313,16 @@ class GenerationTask(LightningModule):
             codes = self._codes_at(range(32))
             log_picture(self, "test/samples", self._captioned(codes, self._asked(32, None)))
 
-    def _evaluate(self, stage: str, scores: GenerationScores | None, batch: tuple[Tensor, Tensor]) -> None:
+    def _evaluate(self, stage: str, scores: GenerationScores | None, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         asked = self._classes_of(labels)
         codes = self._codes_at(self._places(len(images)))
         self.measure(stage, images, asked, codes)
+        generated = self.decode(codes, asked) if len(images) else images
         if scores is not None:
             scores.update(images, real=True)
-            scores.update(self.decode(codes, asked) if len(images) else images, real=False, asked=asked)
+            scores.update(generated, real=False, asked=asked)
+        return generated
 
     def _places(self, n: int) -> range:
         """The places of the next n pictures of this process in the whole data: r, r + k, r + 2k, … of process r."""

@@ -74,11 +74,12 @@ class FrechetDistance(FrechetInceptionDistance):
     the fewer there are.
 
     Args:
-        features: Length D of a feature vector; ``update`` takes (N, D), and whether they are real.
+        features: Length D of a feature vector.
+        network: Gives features (N, D) of what ``update`` is given, beside whether it is real; None: it is given them.
     """
 
-    def __init__(self, features: int) -> None:
-        given = nn.Identity()
+    def __init__(self, features: int, network: nn.Module | None = None) -> None:
+        given = network or nn.Identity()
         given.num_features = features  # type: ignore[assignment]
         super().__init__(feature=given)
         self.orig_dtype = torch.float64
