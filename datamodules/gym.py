@@ -211,10 +211,22 @@ class EnvironmentsDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What is collected so far, for an exact resumption."""
-        return {} if self.collector is None else {"collector": self.collector.state_dict()}
+        if self.collector is None:
+            return {}
+        return {"world": f"{self.environment} {self.options}", "collector": self.collector.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Go on from a saved state.
+
+        Raises:
+            ValueError: It is of another environment, or of the same with other options.
+        """
+        world = f"{self.environment} {self.options}"
+        if state.get("world", world) != world:
+            raise ValueError(
+                f"the checkpoint has the experience of {state['world']}, the data module is {world}: resume with the "
+                "same, or start anew with --model.init_args.weights"
+            )
         if self.collector is not None and "collector" in state:
             self.collector.load_state_dict(state["collector"])
 

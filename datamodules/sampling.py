@@ -124,8 +124,8 @@ class TrainingBatches:
         if state.get("split", self.split) != self.split:
             raise ValueError(
                 "the checkpoint was trained on other samples, by another split_seed, val_size or train_size: its "
-                "validation samples could be among them. Resume with the same data, or start anew with "
-                "--model.init_args.weights"
+                "validation samples could be among them. Resume with the same data, start anew with "
+                "--model.init_args.weights, or ask for it: --resume_with_other split"
             )
         mid_epoch = 0 < state["next_batch"] < state["size"] // state["batch_size"]
         for name, now in (("size", self.size), ("batch_size", self.batch_size)):
@@ -133,7 +133,8 @@ class TrainingBatches:
                 raise ValueError(
                     f"the checkpoint was written after batch {state['next_batch']} of an epoch with "
                     f"{name}={state[name]}, the data module now has {name}={now}: resume with the same data and the "
-                    "same global batch, or start anew from the checkpoint with --model.init_args.weights"
+                    "same global batch, start anew from the checkpoint with --model.init_args.weights, or ask for it: "
+                    "--resume_with_other " + ("split" if name == "size" else name)
                 )
         self.seed = state["seed"]
         # An epoch that is over, or not begun, has no place to go on from: the next one follows.

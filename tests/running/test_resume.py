@@ -144,7 +144,51 @@ def test_resuming_on_another_split_is_refused_and_another_length_is_said(tmp_pat
         return trainer
 
     fit(max_epochs=1, enable_checkpointing=False).save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="trained on other samples"):
+    with pytest.raises(ValueError, match="trained on other"):
         fit(tmp_path / "a.ckpt", split_seed=1, max_epochs=2, enable_checkpointing=False)
     with pytest.warns(UserWarning, match="planned for 4 steps, this one for 8"):
         fit(tmp_path / "a.ckpt", max_epochs=2, enable_checkpointing=False)
+
+
+class Renamed(datamodules.DigitsDataModule):
+    """The digits by another name, and with two of their names exchanged."""
+
+    class_names = ["1", "0", *"23456789"]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("steps", [4, 6])  # at the end of an epoch and within one
+@pytest.mark.parametrize(
+    ("kind", "arguments", "allowed", "message"),
+    [
+        (
+            datamodules.DigitsDataModule,
+            {"batch_size": 128},
+            ["batch_size"],
+            "global batch: 256, now 128|batch_size=256.*now has batch_size=128",
+        ),
+        (datamodules.DigitsDataModule, {"split_seed": 1}, ["split"], "other samples|training samples"),
+        (datamodules.DigitsDataModule, {"val_size": 200}, ["split"], "other samples|training samples"),
+        (Renamed, {}, ["data_set", "classes"], r"data set: DigitsDataModule, now Renamed.*class list.*other order"),
+    ],
+)
+def test_other_data_are_refused_unless_asked_for(tmp_path, kind, arguments, allowed, message, steps, asked):
+    def fit(kind, max_steps, ckpt_path=None, **arguments):
+        seed_everything(0, verbose=False)
+        made = ExactResume(allowed if asked else ())
+        trainer = Trainer(
+            callbacks=[made], plugins=[SafeCheckpointIO()], **options(max_steps=max_steps, enable_checkpointing=False)
+        )
+        data = kind(**{"image_size": 8, "batch_size": 256} | arguments)
+        trainer.fit(LeNet(image_size=8), data, ckpt_path=ckpt_path)
+        return trainer
+
+    fit(datamodules.DigitsDataModule, steps).save_checkpoint(tmp_path / "a.ckpt")
+    if not asked:
+        with pytest.raises(ValueError, match=message) as caught:
+            fit(kind, steps + 2, tmp_path / "a.ckpt", **arguments)
+        assert "--resume_with_other" in str(caught.value)
+        assert all(name in str(caught.value).split("--resume_with_other")[1] for name in allowed)
+    else:
+        with pytest.warns(UserWarning, match="resumed on others, as asked"):
+            assert fit(kind, steps + 2, tmp_path / "a.ckpt", **arguments).global_step == steps + 2

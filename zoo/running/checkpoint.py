@@ -5,6 +5,9 @@ import math
 import os
 import pickle
 import re
+import shutil
+import signal as signals
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,8 +21,16 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+STOPPING = [Signals.SIGTERM, *([signals.SIGUSR1] if hasattr(signals, "SIGUSR1") else [])]  # Windows has only the first
+
+
+class CheckpointError(OSError):
+    """There is no room for checkpoints, or one that should have been written was not."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -28,7 +39,17 @@ class SafeCheckpointIO(TorchCheckpointIO):
     Lightning writes to the folder for temporary files and moves the result, which truncates the old file where that is
     another file system (https://github.com/Lightning-AI/pytorch-lightning/issues/19970). Here the new file is written
     beside the old one, flushed to disk, and then renamed over it. Remote paths (``s3://…``) are left to Lightning.
+
+    Attributes:
+        patient: Whether a file that cannot be written is noted in ``lost``, with a warning, instead of raised:
+            :class:`KeepLast` sets it while it trains, and ends the run with an error if something is lost.
+        lost: Files whose newest state could not be written, and why.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patient = False
+        self.lost: dict[str, str] = {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to ``path``; until it is complete on disk the file there stays as it was.
@@ -36,10 +57,24 @@ class SafeCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: The file cannot be written (disk full, quota, permission); nothing half-written stays.
         """
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
+        try:
+            if "://" in str(path):
+                super().save_checkpoint(checkpoint, path, storage_options)
+            else:
+                write_atomically(Path(path), checkpoint)
+        except OSError as error:
+            if not self.patient:
+                raise
+            self.lost[str(path)] = str(error)
+            step = checkpoint.get("global_step")
+            rank_zero_warn(f"CHECKPOINT NOT WRITTEN at step {step}: {error}. Training goes on; make room")
         else:
-            write_atomically(Path(path), checkpoint)
+            self.lost.pop(str(path), None)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint; not while a newer one could not be written."""
+        if not self.lost:
+            super().remove_checkpoint(path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -110,7 +145,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             f"{path} is refused: it holds more than tensors and plain values ({named[1]}), and loading that could run "
             "code. Ask its author for a .safetensors file"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle raises anything: its words make no sense to the interpreter
         raise ValueError(f"{path} is truncated or no checkpoint: use another file") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a checkpoint or a state dict")
@@ -128,8 +163,62 @@ def checkpoint_callbacks(monitor: str | None, mode: str, minutes: float = 10.0) 
     return [KeepBest(monitor=monitor, mode=mode, filename="best", enable_version_counter=False), keep_last]
 
 
+def reserve(folder: Path, needed: int) -> None:
+    """See whether ``folder`` can be written to and has room for so many bytes, also under a quota; nothing stays.
+
+    Raises:
+        CheckpointError: It cannot, or has not; needed and available bytes are named.
+    """
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            available = shutil.disk_usage(folder).free
+            if needed > available:
+                raise OSError("No space left on device")
+            if needed and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, needed)
+    except OSError as error:
+        there = next(each for each in (folder, *folder.parents) if each.exists())
+        raise CheckpointError(
+            f"checkpoints cannot be kept in {folder} ({error}): about {needed:,} bytes are needed, "
+            f"{shutil.disk_usage(there).free:,} are free on its disk. Make room, run in another folder, or train "
+            "without checkpoints (--trainer.enable_checkpointing false)"
+        ) from error
+    finally:
+        for made in missing:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                made.rmdir()
+
+
+def bytes_of_checkpoint(trainer: Trainer, module: LightningModule) -> int:
+    """About how large a checkpoint will be: weights, and what the optimizers will remember of those they train."""
+    weights = sum(value.nbytes for value in module.state_dict().values() if isinstance(value, Tensor))
+    return weights + sum(_numbers_kept(optimizer) for optimizer in trainer.optimizers)
+
+
+def _numbers_kept(optimizer: Optimizer) -> int:
+    """Bytes of an optimizer's state after a step: of SGD the momentum if any, of others at most two numbers each."""
+    size = 0
+    for group in optimizer.param_groups:
+        times = int(bool(group["momentum"])) if isinstance(optimizer, SGD) else 2
+        size += times * sum(parameter.nbytes for parameter in group["params"])
+    return size
+
+
 class KeepBest(ModelCheckpoint):
-    """ModelCheckpoint that remembers, in the folder of a resumed run, what was best in the folder before."""
+    """ModelCheckpoint for which NaN and infinity are never the best.
+
+    In the folder of a resumed run it remembers what was best in the folder before.
+    """
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Whether to save; Lightning would keep a first NaN, and an infinity for ever."""
+        known = current is not None and math.isfinite(current)
+        if current is not None and not trainer.strategy.reduce_boolean_decision(known):
+            rank_zero_warn(f"{self.monitor} is {float(current)} in epoch {trainer.current_epoch}: never the best")
+            return False
+        return super().check_monitor_top_k(trainer, current)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best score; Lightning forgets it where the folder has another name."""
@@ -140,11 +229,17 @@ class KeepLast(Checkpoint):
     """Keeps ``checkpoints/last.ckpt``: the newest state, whatever the metric says.
 
     It is written after every epoch, every so many minutes within one, and when the run is asked to stop: on SIGTERM,
-    and on the first Ctrl+C, of any process. The batch, and a validation that is due, are finished, the state saved and
-    the run ended. A second Ctrl+C ends it at once; ``last.ckpt`` is then that of the last epoch or interval.
+    SIGUSR1 and the first Ctrl+C, of any process. The batch, and a validation that is due, are finished, the state saved
+    and the run ended. A second Ctrl+C ends it at once; ``last.ckpt`` is then that of the last epoch or interval.
+
+    Before training the room for checkpoints is tried. When later a file cannot be written, training goes on, and the
+    run ends with an error if at its end a checkpoint is missing or older than it should be.
 
     Args:
         minutes: How old the file may become within an epoch.
+
+    Raises:
+        CheckpointError: There is no room, or at the end: something was not written.
     """
 
     def __init__(self, minutes: float = 10.0) -> None:
@@ -159,6 +254,20 @@ class KeepLast(Checkpoint):
         folder = trainer.log_dir or trainer.default_root_dir  # asked by every process: they agree on it together
         self.path = os.path.join(folder, "checkpoints", "last.ckpt")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Try the room, in the process that writes; what it finds all are told."""
+        if trainer.fast_dev_run or "://" in self.path:  # type: ignore[attr-defined]
+            return
+        files = sum(isinstance(callback, Checkpoint) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        problem = ""
+        if trainer.is_global_zero:
+            try:  # one more: the new file is complete before the old one goes
+                reserve(Path(self.path).parent, (files + 1) * bytes_of_checkpoint(trainer, pl_module))
+            except CheckpointError as error:
+                problem = str(error)
+        if problem := trainer.strategy.broadcast(problem):
+            raise CheckpointError(problem)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over, after Lightning noted which handlers it will restore.
 
@@ -167,9 +276,16 @@ class KeepLast(Checkpoint):
         """
         self.asked_by = None
         self._saved_at = time.monotonic()
+        if isinstance(files := trainer.strategy.checkpoint_io, SafeCheckpointIO):
+            files.patient, files.lost = True, {}
         if threading.current_thread() is not threading.main_thread():
             return
-        self._previous = {Signals.SIGTERM: signal(Signals.SIGTERM, self._on_signal)}
+        # SIGUSR1 is what some clusters send; under SLURM Lightning has it, to queue the run again.
+        self._previous = {
+            number: signal(number, self._on_signal)
+            for number in STOPPING
+            if number == Signals.SIGTERM or getsignal(number) == signals.SIG_DFL
+        }
         if getsignal(Signals.SIGINT) is default_int_handler:
             self._previous[Signals.SIGINT] = signal(Signals.SIGINT, self._on_signal)
 
@@ -195,16 +311,37 @@ class KeepLast(Checkpoint):
         self._release()
         if isinstance(exception, SIGTERMException):
             self._save(trainer)
-            rank_zero_info(f"asked to stop: saved {self.path}; go on with --ckpt_path {self.path}")
+            saved = self.path not in self._end_patience(trainer)
+            rank_zero_info(
+                f"asked to stop: saved {self.path}; go on with --ckpt_path {self.path}"
+                if saved
+                else f"asked to stop, but {self.path} COULD NOT BE WRITTEN: what is there is of an earlier step"
+            )
+        self._end_patience(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the signals back."""
         self._release()
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End with an error where a checkpoint is not what it should be."""
+        lost = trainer.strategy.broadcast(self._end_patience(trainer))  # process 0 alone writes
+        if lost:
+            reasons = "; ".join(lost.values())
+            raise CheckpointError(f"training came to its end, but not every checkpoint could be written: {reasons}")
+
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.path, weights_only=False)  # the whole state, not the weights alone
             self._saved_at = time.monotonic()
+
+    @staticmethod
+    def _end_patience(trainer: Trainer) -> dict[str, str]:
+        files = trainer.strategy.checkpoint_io
+        if not isinstance(files, SafeCheckpointIO):
+            return {}
+        files.patient = False
+        return files.lost
 
     @staticmethod
     def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:

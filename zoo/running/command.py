@@ -30,7 +30,7 @@ from zoo.running.predictions import WritePredictions
 from zoo.running.profiling import NoProfiler
 from zoo.running.progress import EpochLines
 from zoo.running.provenance import Provenance
-from zoo.running.resume import ExactResume
+from zoo.running.resume import ExactResume, Other
 from zoo.running.views import TestTimeAugmentation
 from zoo.weights import read_weights
 
@@ -62,6 +62,7 @@ class RecipeCLI(LightningCLI):
         self.untrained = untrained
         self.timer = Timer()
         self.asked = args[0]
+        self.trained_classes: int | None = None  # of the checkpoint that is resumed or evaluated
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -80,7 +81,7 @@ class RecipeCLI(LightningCLI):
         return {self.asked: super().subcommands()[self.asked]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``expect``, ``linear_scaling``, ``test_time_augmentation``; tell the model the classes of the data."""
+        """Add ``expect``, ``linear_scaling``, …; tell the model the classes of the data."""
         # Of a value of any type jsonargparse would take a text with a colon for a mapping.
         parser.add_argument(
             "--expect", type=list[dict[str, float | str]], default=[], help="What the recipe should give."
@@ -96,6 +97,12 @@ class RecipeCLI(LightningCLI):
             type=Literal["flip", "flip_shift"] | None,
             default=None,
             help="Average the probabilities over views of each image in test and predict: 2 (flip) or 6 (flip_shift).",
+        )
+        parser.add_argument(
+            "--resume_with_other",
+            type=Other | list[Other] | None,
+            default=None,
+            help="With --ckpt_path: data_set, split, batch_size, classes, or a list of them, may be another one.",
         )
         for fact in LINKED:
             parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
@@ -151,6 +158,7 @@ class RecipeCLI(LightningCLI):
         if not described:
             raise RecipeError(f"{path} holds no model of the zoo: start from it with --model.init_args.weights {path}")
         arguments = {k: v for k, v in described["arguments"].items() if k not in LINKED}
+        self.trained_classes = described["arguments"].get("num_classes")
         self._keep_words(described["arguments"].get("words"))
         if asked.class_path.rsplit(".", 1)[-1] != described["class_path"].rsplit(".", 1)[-1]:
             raise RecipeError(f"{path} holds a {described['class_path']}, the recipe says {asked.class_path}")
@@ -176,6 +184,12 @@ class RecipeCLI(LightningCLI):
                 super().instantiate_classes()
         except RecipeError as error:
             raise RecipeError(reason(str(error))) from error
+        before, now = self.trained_classes, getattr(self.datamodule, "num_classes", None)
+        if before is not None and now is not None and before != now:
+            raise RecipeError(
+                f"--ckpt_path: the checkpoint knows {before} classes, {type(self.datamodule).__name__} has {now}. To "
+                "train for other classes start from its weights: --model.init_args.weights FILE"
+            )
         for name, made in list(vars(self.model).items()):
             if isinstance(made, partial):
                 setattr(self.model, name, _apart_from_the_command(made))
@@ -250,7 +264,9 @@ class RecipeCLI(LightningCLI):
     def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
         callbacks: list[Callback] = [StopOnNonFiniteLoss(), self.timer]
         if self.keep:
-            callbacks = [ExactResume(), *callbacks, Provenance(self.recipe), WritePredictions()]
+            other = self._get(self.config_init, "resume_with_other") or []
+            allowed: list[Other] = [cast(Other, other)] if isinstance(other, str) else other
+            callbacks = [ExactResume(allowed), *callbacks, Provenance(self.recipe), WritePredictions()]
         if self.trial is None:
             callbacks += [EffectiveBatch(), EpochLines()]
         if kind := self._get(self.config_init, "test_time_augmentation"):

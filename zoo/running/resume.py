@@ -1,13 +1,22 @@
 """Exact resuming: the random state and the place in the data that Lightning leaves out."""
 
 import random
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+
+Other = Literal["data_set", "split", "batch_size", "classes"]
+SAID: dict[Other, str] = {
+    "data_set": "data set",
+    "split": "training samples (split_seed, val_size, train_size, or the files themselves)",
+    "batch_size": "global batch",
+    "classes": "class list",
+}
 
 
 class ExactResume(Callback):
@@ -16,9 +25,21 @@ class ExactResume(Callback):
     Under gradient accumulation in one process the gradients collected so far are kept as well. With a training loader
     whose place is saved (``datamodules.sampling``), a run that was killed and resumed ends with the weights of one that
     was not, to the last bit, on the same machine.
+
+    A run is not resumed on another data set, split, global batch or class list, unless that is asked for by name.
+
+    Args:
+        allowed: What may be another one: ``data_set`` (and with it ``split``), ``split``, ``batch_size``, ``classes``.
+            Where the samples or the batch are, training goes on with the next batch of a fresh order.
+
+    Raises:
+        ValueError: The data are not those that the checkpoint was trained on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allowed: Sequence[Other] = ()) -> None:
+        self.allowed = {*allowed, *(["split"] if "data_set" in allowed else [])}
+        self._trained_on: dict[str, Any] = {}
+        self._places: list[Any] = []
         self._states: list[dict[str, Any]] | None = None
         self._gradients: dict[str, Tensor] = {}
         self._planned_steps: int | None = None
@@ -31,6 +52,7 @@ class ExactResume(Callback):
             torch.distributed.all_gather_object(states, _random_state(pl_module.device))
         checkpoint["random_states"] = states
         checkpoint["planned_steps"] = int(trainer.estimated_stepping_batches)
+        checkpoint["trained_on"] = trained_on(trainer)
         if trainer.fit_loop._should_accumulate() and trainer.world_size == 1:
             gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
             checkpoint["gradients"] = gradients  # of the batches since the last optimizer step
@@ -40,10 +62,19 @@ class ExactResume(Callback):
         self._states = checkpoint.get("random_states")
         self._gradients = checkpoint.get("gradients", {})
         self._planned_steps = checkpoint.get("planned_steps")
+        self._trained_on = checkpoint.get("trained_on", {})
+        if self.allowed:  # the loader would refuse the place of others: it is given only if they are the same
+            loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+            self._places, loop["combined_loader"] = loop.get("combined_loader", []), []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the place in the data and the random state where the checkpoint had them."""
+        """Refuse other data; set the place in the data and the random state where the checkpoint had them."""
         loop = trainer.fit_loop
+        before, self._trained_on = self._trained_on, {}
+        others = self._refuse_others(before, trained_on(trainer)) if before else []
+        if self._places and not {"split", "batch_size"} & {*others}:
+            loop._combined_loader_states_to_load = self._places
+        self._places = []
         if loop._combined_loader_states_to_load and loop._combined_loader is not None:
             # Lightning restores a loader's place when it makes the loader. A schedule that asks for the number of
             # steps has it made before the checkpoint is read, and the place was then lost; at the end of an epoch
@@ -74,6 +105,55 @@ class ExactResume(Callback):
             )
             return
         _set_random_state(states[trainer.global_rank], pl_module.device)
+
+    def _refuse_others(self, before: dict[str, Any], now: dict[str, Any]) -> list[Other]:
+        """What differs; what was not asked for is an error."""
+        others = [name for name in SAID if name in before and name in now and before[name] != now[name]]
+        refused = [name for name in others if name not in self.allowed]
+        if refused:
+            told = "; ".join(f"{SAID[name]}: {_differ(before[name], now[name])}" for name in refused)
+            names = refused[0] if len(refused) == 1 else f"'[{', '.join(refused)}]'"
+            raise ValueError(
+                f"the checkpoint was trained on other data: {told}. Resume with the same, start anew from its weights "
+                f"(--model.init_args.weights FILE), or ask for it: --resume_with_other {names}"
+            )
+        if others:
+            rank_zero_warn(f"resumed on others, as asked: {', '.join(SAID[n] for n in SAID if n in others)}")
+        return others
+
+
+def trained_on(trainer: Trainer) -> dict[str, Any]:
+    """What the data of a fit are, as far as data module and training loader say, in plain values.
+
+    Returns:
+        Of these what is known: ``data_set``, its name; ``split``, a fingerprint of the training samples;
+        ``batch_size``, samples of all processes together; ``classes``, their names.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    loader: Any = trainer.train_dataloader
+    sampler = getattr(loader, "batch_sampler", None)
+    facts: dict[str, Any] = {}
+    if data is not None:
+        facts["data_set"] = type(data).__name__
+        facts["classes"] = list(getattr(data, "class_names", None) or [])
+        facts["batch_size"] = getattr(data, "batch_size", None)
+    facts["split"] = getattr(sampler, "split", None)
+    if sampler is not None and hasattr(sampler, "world_size"):  # it counts the samples of all processes
+        facts["batch_size"] = sampler.batch_size
+    elif (size := getattr(loader, "batch_size", None)) is not None:
+        facts["batch_size"] = size * trainer.world_size
+    return {name: value for name, value in facts.items() if value}
+
+
+def _differ(before: Any, now: Any) -> str:
+    """Both values; of lists, which are long, what only one of them has."""
+    if not isinstance(before, list):
+        return f"{before}, now {now}"
+    if gone := [name for name in before if name not in now]:
+        return f"{len(before)} names, now {len(now)}; {', '.join(map(str, gone[:3]))} … are no longer there"
+    if new := [name for name in now if name not in before]:
+        return f"{len(before)} names, now {len(now)}; {', '.join(map(str, new[:3]))} … are new"
+    return "the same names in another order"
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:
