@@ -8,7 +8,8 @@ then 128 updates), interleaved rounds in one run:
 - plain: a single-file loop as CleanRL's dqn.py is: one environment, a replay buffer of numpy arrays, Adam as it comes;
 - plain-8: the same loop with 8 environments, for the part that vector environments have;
 - sb3: Stable-Baselines3's DQN with one environment, if it is installed (it is no dependency of this project);
-- zoo: ``zoo fit dqn/embedded`` with all that it adds to a run, without validation.
+- zoo: ``zoo fit dqn/embedded`` with all that it adds to a run, without validation, double Q-learning and schedule;
+- lightning: the same module and data in a Trainer with no callback and no logger, for what Lightning itself costs.
 
 replay: batches of 32 pixel transitions (4 x 84 x 84, and as many after) per second from 50,000 frames held once each,
 against a buffer that holds both stacks of every transition, as is common.
@@ -18,11 +19,13 @@ wrappers (AtariPreprocessing, FrameStackObservation; they need opencv).
 
 Seconds are the process's own, so that other work on the machine weighs less; only ratios mean something.
 
-Measured on 23 November 2026 on one thread of a 2-core server with a load of 15 (torch 2.14.1, Stable-Baselines3 2.9.2,
-ale-py 0.12.1), a single round of 768 steps, so that a tenth more or less means nothing:
+Measured on 23 November 2026 on one thread of a 2-core server with a load of 6 to 15 (torch 2.14.1, Stable-Baselines3
+2.9.2, ale-py 0.12.1); learning in three rounds of 1,280 steps, the others in one, so that a tenth more or less means
+nothing:
 
-    learning  plain 330, plain-8 280, sb3 159, zoo 235 steps/s: zoo / plain 0.71, zoo / sb3 1.47. Not
-              reached are 1.0 and 1.5, probably for Lightning's own work in each update, which was not measured apart.
+    learning  plain 468 to 622, plain-8 471 to 547, sb3 301 to 346, zoo 358 to 462, lightning 333 to 450 steps/s;
+              zoo / plain 0.75, zoo / sb3 1.25, zoo / lightning 1.03. Not reached are 1.0 and 1.5: Lightning's own
+              loop costs as much as a third of an update of a network as small as this, and what the zoo adds nothing.
     replay    1,232 batches/s of 7,075 bytes a transition; stacks held twice 2,281 of 56,448
     atari     wrappers 645, ale-py with 1 environment 839, with 8 1,308 agent steps/s
 """
@@ -34,6 +37,8 @@ import statistics
 import tempfile
 import time
 import warnings
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,12 +130,9 @@ def sb3(steps: int) -> float:
     return time.process_time() - clock.begun
 
 
-def zoo(steps: int) -> float:
-    """Seconds for as many steps of the recipe after the first batch, which the random steps come before."""
+def clock() -> Any:
+    """A callback that takes the seconds from after the first updates, and the random steps, to the epoch's end."""
     from lightning import Callback
-    from lightning.pytorch.callbacks import EarlyStopping
-
-    from zoo.running.starting import prepare
 
     class Clock(Callback):
         begun = seconds = 0.0
@@ -142,22 +144,60 @@ def zoo(steps: int) -> float:
         def on_train_epoch_end(self, trainer, pl_module):
             self.seconds = time.process_time() - self.begun
 
-    clock = Clock()
+    return Clock()
+
+
+def zoo(steps: int) -> float:
+    """Seconds for as many steps of the recipe."""
+    from lightning.pytorch.callbacks import EarlyStopping
+
+    from zoo.running.starting import prepare
+
     options = {
         "trainer.max_epochs": 1,
         "trainer.limit_val_batches": 0,
+        "model.init_args.double": "false",  # as the others have it
+        "model.init_args.scheduler": "null",
         "data.init_args.learning_starts": STARTS,
         "data.init_args.epoch_steps": COLLECT + steps,
     }
     cli = prepare("fit", "dqn/embedded", [f"--{key}={value}" for key, value in options.items()])
     given = cli.trainer.callbacks
-    cli.trainer.callbacks = [*(c for c in given if not isinstance(c, EarlyStopping)), clock]  # nothing is evaluated
+    timer = clock()
+    cli.trainer.callbacks = [*(c for c in given if not isinstance(c, EarlyStopping)), timer]  # nothing is evaluated
     cli.run()
-    return clock.seconds
+    return timer.seconds
+
+
+def bare_trainer(steps: int) -> float:
+    """Seconds for as many steps of the same module in a Trainer that does nothing else."""
+    from lightning import Trainer
+
+    from datamodules import GymDataModule
+    from zoo import DQN
+
+    model = DQN(optimizer=lambda parameters: torch.optim.Adam(parameters, lr=RATE, fused=True))
+    data = GymDataModule(
+        "CartPole-v1", num_envs=8, capacity=100_000, batch_size=BATCH, learning_starts=STARTS, collect_steps=COLLECT,
+        updates=UPDATES, epoch_steps=COLLECT + steps,
+    )  # fmt: skip
+    timer = clock()
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", gradient_clip_val=CLIP, callbacks=[timer], logger=False, limit_val_batches=0,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model, datamodule=data)
+    return timer.seconds
 
 
 def learning(rounds: int, steps: int) -> None:
-    contenders = {"plain": plain, "zoo": zoo, "sb3": sb3, "plain-8": lambda count: plain(count, 8)}
+    contenders = {
+        "plain": plain,
+        "zoo": zoo,
+        "lightning": bare_trainer,
+        "sb3": sb3,
+        "plain-8": partial(plain, num_envs=8),
+    }
     try:
         import stable_baselines3  # noqa: F401
     except ImportError as error:
@@ -167,7 +207,7 @@ def learning(rounds: int, steps: int) -> None:
     for _ in range(rounds):
         for name, run in contenders.items():
             found[name].append(steps / run(steps))
-            print(f"{name:8} {found[name][-1]:7.0f} steps/s", flush=True)
+            print(f"{name:9} {found[name][-1]:7.0f} steps/s", flush=True)
     for name in (name for name in found if name != "zoo"):
         ratios = [ours / theirs for ours, theirs in zip(found["zoo"], found[name], strict=True)]
         print(f"zoo / {name}: {statistics.median(ratios):.2f}")
