@@ -36,28 +36,26 @@ Times on a CPU are those of all its threads together.
 Measured on 23 November 2026 on two cores of an Intel Xeon at 2.5 GHz that several other processes used as well (torch
 2.14.1, torch_geometric 2.8.1, scipy 1.17.1, one thread):
 
-    chamfer, B=8, V=2466, M=9000           cdist / zoo 82, cdist of differences / zoo 83; medians of three rounds, of
-                                           which zoo's took 93 to 160 ms, cdist's 10.9 to 12.3 s
-    its memory                             cdist 3556 MiB, zoo 4.5 MiB
+    chamfer, B=8, V=2466, M=9000           with pynanoflann 0.10: cdist / zoo 140, cdist of differences / zoo 128;
+                                           medians of three rounds, of which zoo's took 69 to 74 ms, cdist's 9.5 to
+                                           10.0 s. With scipy's trees 81 and 70 (zoo 143 to 151 ms)
+    its memory                             cdist 3558 MiB, zoo 5.6 MiB (scipy's trees 3.3)
     its gradients                          cdist 2e-2 off, cdist of differences and zoo 1e-7
     convolution, N=4, C=256                dense / zoo 3.3, torch_geometric / zoo 2.1
     its sum alone                          dense / zoo 18.5, index_add 7.1, padded gather 5.9, sparse 1.3
     step, vgg, 224 px, batch 1, H=256      forward 26 %, losses 5 %, backward 52 %, optimizer 17 %
 
-Memory and gradients are those of a run before the search went both ways at once. On a GPU nothing was measured. The
-figures of chamfer are those of trees with 16 points a leaf; the goal, 100 times, is missed.
+On a GPU nothing was measured. pynanoflann has no wheels for Python 3.13 and is therefore in no extra: it is used where
+it is installed. What was tried, as shares of the time of scipy's tree with 16 points a leaf (medians of six rounds, of
+one run or two; the answers were the same throughout):
 
-What was tried to make the search faster, at the same size, as shares of the time of scipy's tree with 16 points a leaf
-(medians of six rounds, of one run or two; the answers were the same throughout):
-
-    scipy, 24 points a leaf                0.95 and 0.89: taken
+    scipy, 24 points a leaf                0.95 and 0.89
     scipy, 8 points a leaf                 1.09 in one run
     scipy, 10 points a leaf                1.23 in one run
     scipy, 32 points a leaf                0.98 in one run
     scipy, compact_nodes=False             1.03 with 16 points a leaf in one run
-    pynanoflann 0.10, 16 points a leaf     0.76 and 0.70: not taken, as it is another library that has no wheels for
-                                           Python 3.13
-    pynanoflann, float64, 24 a leaf        0.73 in one run
+    pynanoflann 0.10, 16 points a leaf     0.76 and 0.70
+    pynanoflann, float64, 24 a leaf        0.73 in one run: taken
     pynanoflann, points in order of place  0.82 with 24 points a leaf in one run, of which the sort is a part
 
 overfit of animal/spot, animal/tm_rabbit, figure/suzanne, tableware/teapot and vehicle/vehicle-truck-green of freely

@@ -72,6 +72,16 @@ def test_the_nearest_are_found_by_tree_and_by_distances(name, dtype):
         torch.testing.assert_close(squares.gather(1, back[:, None])[:, 0], squares.amin(1), **tolerance)
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_the_trees_of_scipy_find_them_where_there_is_no_other(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynanoflann", None)
+    vertices, points = SETS[name]
+    squares = pairwise(vertices, points)
+    found, back = nearest(vertices, points)
+    torch.testing.assert_close(squares.gather(2, found[..., None])[..., 0], squares.amin(2), rtol=1e-12, atol=0)
+    torch.testing.assert_close(squares.gather(1, back[:, None])[:, 0], squares.amin(1), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_points_of_half_precision_are_compared_as_they_are(dtype):
     vertices, points = random(1, 40, 3).to(dtype), random(1, 50, 3, seed=1).to(dtype)
@@ -113,6 +123,7 @@ def test_what_is_not_finite_gives_a_loss_that_is_not(value):
 
 
 def test_missing_scipy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynanoflann", None)
     monkeypatch.setitem(sys.modules, "scipy.spatial", None)
     with pytest.raises(ImportError, match=r"zoo\[mesh\]"):
         nearest(torch.zeros(1, 1, 3), torch.zeros(1, 1, 3))
