@@ -7,6 +7,7 @@ Meshes are vertices (N, V, 3) with edges (E, 2) that all N share; the truth is p
 Distances are squared throughout, as the paper and the lecture have them.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,7 @@ def _check(points: Tensor, others: Tensor) -> None:
 def _by_trees(vertices: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     # A tree refuses what is not finite; a loss that is NaN is for the run to tell, which knows the batch.
     sides = [each.double().nan_to_num(0, 0, 0).numpy() for each in (vertices, points)]
+    search: Callable[[np.ndarray, np.ndarray, int], list[np.ndarray]]
     try:
         from pynanoflann import KDTree
     except ImportError:
