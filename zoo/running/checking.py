@@ -34,11 +34,12 @@ from zoo.running.nonfinite import NonFiniteLossError, StopOnNonFiniteLoss
 from zoo.running.starting import hushed, prepare
 from zoo.running.views import replaced
 from zoo.tasks.generation import GenerationTask
+from zoo.tasks.mesh import MeshTask
 
 NEAR, FAR = 0.1, 0.3  # of the initial loss, as shares: a warning beyond the first, wrong beyond the second
 RATIO = (1e-4, 1e-2)  # of the size of an update to that of the weights; the lecture's rule of thumb is 1e-3
 FEW, BY_HEART = 10, 300  # samples to learn by heart, and steps to do it in
-FEW_PICTURES = 2  # the same of a detector, whose steps take long
+FEW_PICTURES = 2  # the same of a detector or of meshes, whose steps take long
 LEARNT, LEARNT_OBJECTS = (0.1, "a tenth"), (0.25, "a quarter")  # of the first loss; a detector draws what it looks at
 SECONDS = 10.0  # to look at each split
 
@@ -122,7 +123,7 @@ class Beginning(Callback):
             self.checks = [Check(name, "", reason, "skipped") for name in names]
             raise _TunerExitException
         self.initial = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
-        self.few = _first_few(batch)
+        self.few = _first_few(batch, isinstance(pl_module, MeshTask))
         self.checks = [self._initial_loss(trainer, pl_module, batch)]
         pl_module.load_state_dict(self.initial)  # the forward pass has moved the statistics of batch norms
 
@@ -263,8 +264,8 @@ def _first(batch: Any, count: int) -> Any:
     return batch[:count].clone() if isinstance(batch, Tensor) else batch[:count] if isinstance(batch, list) else batch
 
 
-def _first_few(batch: Any) -> Any:
-    return _first(batch, FEW_PICTURES if _truths(batch) is not None else FEW)
+def _first_few(batch: Any, slow: bool = False) -> Any:
+    return _first(batch, FEW_PICTURES if slow or _truths(batch) is not None else FEW)
 
 
 def _truths(batch: Any) -> list[dict[str, Tensor]] | None:

@@ -65,7 +65,8 @@ def _by_trees(vertices: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         search = _by_scipy
     else:
         search = partial(_by_nanoflann, KDTree)
-    found = [search(*pair, torch.get_num_threads()) for pair in zip(*sides, strict=True)]
+    threads = torch.get_num_threads()
+    found = [search(mesh, truth, threads) for mesh, truth in zip(*sides, strict=True)]
     there, back = (torch.from_numpy(np.stack(places).astype(np.int64)) for places in zip(*found, strict=True))
     return there, back
 
