@@ -180,6 +180,7 @@ class VAE(GenerationTask):
         """The mean loss of a batch; logged only at the steps that reach a logger."""
         images, labels = batch
         losses = self.losses(images, self._classes_of(labels), self.draw_codes(len(images)))
+        self.loss_terms = {name: losses[name].detach() for name in TERMS[1:]}  # for zoo.running.nonfinite
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
             self.log_dict({f"train/{name}": value.mean() for name, value in losses.items()}, prog_bar=True)

@@ -38,3 +38,17 @@ def test_the_batch_and_its_samples_are_named_and_the_weights_stay_good():
     assert str(trainer.train_dataloader.batch_sampler.indices(2)) in str(caught.value)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert trainer.global_step == 6
+
+
+def test_what_is_remembered_on_a_device_is_the_first_bad_batch_and_its_terms():
+    class Run:
+        current_epoch, train_dataloader = 2, None
+
+    callback, nan, good = StopOnNonFiniteLoss(), torch.tensor(torch.nan), torch.tensor(1.0)
+    callback._remember(3, {"": good, "box": good, "class": torch.tensor([1.0, 2.0])})
+    callback._look(Run)
+    callback._remember(4, {"": nan, "box": good, "class": torch.tensor([1.0, torch.inf])})
+    callback._remember(5, {"": nan, "box": nan, "class": good})
+    with pytest.raises(NonFiniteLossError, match=r"loss \(class\) is not finite at epoch 2, batch 4\."):
+        callback._look(Run)
+    callback._look(Run)

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from zoo import recipes
 from zoo.recipes import RecipeError, refusing
 from zoo.running.checkpoint import KeepLast, SafeCheckpointIO, checkpoint_callbacks, read_checkpoint
+from zoo.running.ending import EndTogether
 from zoo.running.nonfinite import StopOnNonFiniteLoss
 from zoo.running.optimizing import EffectiveBatch, LinearScaling
 from zoo.running.parser import NO_VALUE, RecipeParser, reason
@@ -268,7 +269,7 @@ class RecipeCLI(LightningCLI):
             allowed: list[Other] = [cast(Other, other)] if isinstance(other, str) else other
             callbacks = [ExactResume(allowed), *callbacks, Provenance(self.recipe), WritePredictions()]
         if self.trial is None:
-            callbacks += [EffectiveBatch(), EpochLines()]
+            callbacks = [EndTogether(), *callbacks, EffectiveBatch(), EpochLines()]
         if kind := self._get(self.config_init, "test_time_augmentation"):
             callbacks.append(TestTimeAugmentation(kind))
         if config.get("enable_checkpointing") is not False:

@@ -107,6 +107,7 @@ class DetectionTask(LightningModule):
         """The sum of the losses of a batch; logged only at the steps that reach a logger."""
         images, targets = batch
         losses = self.losses(images, targets)
+        self.loss_terms = {name: value.detach() for name, value in losses.items()}  # for zoo.running.nonfinite
         loss = torch.stack(list(losses.values())).sum()
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:

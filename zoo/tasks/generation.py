@@ -217,11 +217,13 @@ class GenerationTask(LightningModule):
         optimizers: Any = self.optimizers()
         for_discriminator, for_generator = optimizers
         batches = [(images.to(self.device), self._classes_of(labels.to(self.device))) for images, labels in window]
-        losses = [self._backward(self.discriminator_loss(*batch), len(batches)) for batch in batches]
+        losses = [
+            self._backward("discriminator_loss", self.discriminator_loss(*batch), len(batches)) for batch in batches
+        ]
         # Of what the wrapper holds: one step of the run is both networks'.
         step(self.trainer, self.discriminator, for_discriminator.optimizer)
         self.toggle_optimizer(for_generator)  # else the discriminator would collect gradients of the generator's loss
-        fooling = [self._backward(self.generator_loss(*batch), len(batches)) for batch in batches]
+        fooling = [self._backward("generator_loss", self.generator_loss(*batch), len(batches)) for batch in batches]
         step(self.trainer, self.generator, for_generator)
         self.untoggle_optimizer(for_generator)
         return torch.stack(losses).sum(), torch.stack(fooling).sum()
@@ -240,8 +242,9 @@ class GenerationTask(LightningModule):
         generated = self(self.draw_codes(len(images)), labels)
         return generator_loss(self.score(generated, labels), self.loss)
 
-    def _backward(self, loss: Tensor, batches: int) -> Tensor:
+    def _backward(self, name: str, loss: Tensor, batches: int) -> Tensor:
         """Collect the gradients of a batch's share of the loss."""
+        self.loss_terms = {name: loss.detach()}  # for zoo.running.nonfinite
         self.manual_backward(loss / batches)
         return loss.detach() / batches
 

@@ -111,6 +111,7 @@ class MeshTask(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch; its terms are logged only at the steps that reach a logger."""
         terms = self._terms(self._meshes_of(batch), batch)
+        self.loss_terms = {f"{name}_loss": value.detach() for name, value in terms.items()}  # for zoo.running.nonfinite
         loss = torch.stack(list(terms.values())).sum()
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:

@@ -1,0 +1,151 @@
+"""Signals, exceptions and deaths at any moment: a checkpoint is there, the status tells, the same command goes on."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from lightning import Callback
+from small_runs import Child, fit, together
+
+from zoo.running.checkpoint import read_checkpoint
+
+pytestmark = pytest.mark.faults
+
+LAST = Path("runs/lenet/embedded/version_0/checkpoints/last.ckpt")
+SMALL = ("trainer.max_epochs 3", "data.eval_batch_size 90")
+STEPS = 9  # of an epoch: 1257 digits, without those that are held out, in batches of 128
+
+
+class At(Callback):
+    """Does something to this process, or to all, once: when a hook is called in the second epoch."""
+
+    def __init__(self, hook, act, rank=0):
+        self.act, self.rank, self.done = act, rank, False
+        setattr(self, hook, self._look)
+
+    def _look(self, trainer, pl_module, *more):
+        second = trainer.current_epoch == 1 and not trainer.sanity_checking
+        late = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= 4
+        if second and late and not self.done and trainer.global_rank == self.rank:
+            self.done = True
+            self.act(trainer)
+
+
+def send(number):
+    """A signal to this process, which then waits until it has come."""
+
+    def act(trainer):
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)
+
+    return act
+
+
+def train(callback=None, *settings, ckpt_path=None):
+    more = [f"ckpt_path {ckpt_path}"] if ckpt_path else []
+    fit("classification", *SMALL, *settings, *more, callbacks=(callback,) if callback else ())
+
+
+HOOKS = {"training": "on_before_optimizer_step", "validation": "on_validation_batch_start"}
+
+
+@pytest.mark.parametrize("phase", HOOKS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_the_same_command_goes_on(number, phase):
+    child = Child(lambda: train(At(HOOKS[phase], send(number))))
+    assert child.wait(60) == 128 + number, child.output
+    assert "Traceback" not in child.output
+    reached = read_checkpoint(LAST)["global_step"]
+    assert reached == (STEPS + 4 if phase == "training" else 2 * STEPS)
+    child = Child(lambda: train(ckpt_path="last"))
+    assert child.wait(60) == 0, child.output
+    assert f"last.ckpt, step {reached}" in child.output
+    assert read_checkpoint(str(LAST).replace("version_0", "version_1"))["global_step"] == 3 * STEPS
+
+
+@pytest.mark.parametrize("phase", HOOKS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("to", ["first", "second", "group"])
+def test_a_signal_to_one_process_or_to_the_group_ends_both_and_saves_once(number, phase, to):
+    ranks = {"first": [0], "second": [1], "group": [0, 1]}[to]
+
+    def run(rank):
+        callback = At(HOOKS[phase], send(number), rank) if rank in ranks else None
+        train(callback, "trainer.devices 2", "trainer.strategy ddp", "trainer.accelerator cpu")
+
+    children = together(2, run)
+    statuses = [child.wait(60) for child in children]
+    outputs = "".join(child.output for child in children)
+    assert all(statuses[rank] == 128 + number for rank in ranks), outputs
+    assert all(status > 128 for status in statuses), outputs
+    assert "Traceback" not in outputs
+    assert outputs.count("asked to stop: saved") == 1
+    content = read_checkpoint(LAST)
+    assert content["global_step"] == (STEPS + 4 if phase == "training" else 2 * STEPS)
+    assert len(content["random_states"]) == 2
+
+
+def fail(trainer):
+    raise RuntimeError("a fault")
+
+
+def break_logger(trainer):
+    def broken(*_, **__):
+        raise OSError("the logger's disk is gone")
+
+    trainer.loggers[0].log_metrics = broken
+
+
+def break_metric(trainer):
+    def broken(*_, **__):
+        raise RuntimeError("a fault in compute")
+
+    trainer.lightning_module.val_accuracy.compute = broken
+
+
+@pytest.mark.parametrize(
+    ("hook", "act", "every", "newest"),
+    [
+        ("on_train_batch_start", fail, None, STEPS),
+        ("on_train_batch_end", fail, 0, STEPS + 3),  # saved after each step
+        ("on_validation_batch_start", fail, None, STEPS),
+        ("on_validation_end", fail, None, STEPS),
+        ("on_validation_epoch_end", fail, None, STEPS),
+        ("on_train_epoch_end", fail, None, STEPS),
+        ("on_train_batch_start", break_metric, None, STEPS),
+        ("on_train_batch_start", break_logger, None, STEPS),
+    ],
+)
+def test_an_exception_at_any_hook_leaves_a_checkpoint_at_most_one_interval_old(hook, act, every, newest):
+    def run():
+        callbacks = "[{class_path: zoo.running.checkpoint.KeepLast, init_args: {minutes: 1.0e-9}}]"
+        train(At(hook, act), *(["trainer.callbacks " + callbacks] if every is not None else []))
+
+    child = Child(run)
+    assert child.wait(60) not in (0, 70), child.output
+    assert read_checkpoint(LAST)["global_step"] == newest, child.output
+    child = Child(lambda: train(ckpt_path="last"))
+    assert child.wait(60) == 0, child.output
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("death", ["killed", "exception"])
+def test_when_one_process_dies_all_end_and_say_which_and_why(rank, death):
+    act = send(signal.SIGKILL) if death == "killed" else fail
+
+    def run(mine):
+        callback = At("on_train_batch_start", act, rank) if mine == rank else None
+        train(callback, "trainer.devices 3", "trainer.strategy ddp", "trainer.accelerator cpu", "data.batch_size 129")
+
+    children = together(3, run)
+    start = time.monotonic()
+    statuses = [child.wait(60) for child in children]
+    assert time.monotonic() - start < 60
+    assert 0 not in statuses
+    others = [child.output for number, child in enumerate(children) if number != rank]
+    why = "it was killed" if death == "killed" else "RuntimeError: a fault"
+    for output in others:
+        assert f"process {rank} of this run ended: {why}" in output
+    assert read_checkpoint(LAST)["global_step"] == STEPS
