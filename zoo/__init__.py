@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zoo.actor_critic import ActorCritic
     from zoo.alexnet import AlexNet
+    from zoo.c3d import C3D
     from zoo.captioning_lstm import CaptioningLSTM
+    from zoo.cnn_lstm import CNNLSTM
     from zoo.dcgan import DCGAN
     from zoo.deep_conv_net import DeepConvNet
     from zoo.dqn import DQN
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from zoo.fully_connected import FullyConnectedNet
     from zoo.gan import GAN
     from zoo.googlenet import GoogLeNet
+    from zoo.i3d import I3D
     from zoo.keypoint_rcnn import KeypointRCNN
     from zoo.knn import KNearestNeighbors
     from zoo.lenet import LeNet
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from zoo.reinforce import REINFORCE
     from zoo.resnet import ResNet
     from zoo.single_stage import SingleStageDetector
+    from zoo.slowfast import SlowFast
     from zoo.squeezenet import SqueezeNet
     from zoo.two_stage import TwoStageDetector
     from zoo.vae import VAE
@@ -41,7 +45,9 @@ __version__ = "0.1.0"
 ARCHITECTURES = {
     "ActorCritic": "zoo.actor_critic",
     "AlexNet": "zoo.alexnet",
+    "C3D": "zoo.c3d",
     "CaptioningLSTM": "zoo.captioning_lstm",
+    "CNNLSTM": "zoo.cnn_lstm",
     "DCGAN": "zoo.dcgan",
     "DQN": "zoo.dqn",
     "DeepConvNet": "zoo.deep_conv_net",
@@ -50,6 +56,7 @@ ARCHITECTURES = {
     "FullyConnectedNet": "zoo.fully_connected",
     "GAN": "zoo.gan",
     "GoogLeNet": "zoo.googlenet",
+    "I3D": "zoo.i3d",
     "KNearestNeighbors": "zoo.knn",
     "KeypointRCNN": "zoo.keypoint_rcnn",
     "LeNet": "zoo.lenet",
@@ -60,6 +67,7 @@ ARCHITECTURES = {
     "REINFORCE": "zoo.reinforce",
     "ResNet": "zoo.resnet",
     "SingleStageDetector": "zoo.single_stage",
+    "SlowFast": "zoo.slowfast",
     "SqueezeNet": "zoo.squeezenet",
     "TwoStageDetector": "zoo.two_stage",
     "VAE": "zoo.vae",
@@ -71,7 +79,9 @@ _FUNCTIONS = {"load": "zoo.weights", "save": "zoo.weights"}
 __all__ = [
     "ActorCritic",
     "AlexNet",
+    "C3D",
     "CaptioningLSTM",
+    "CNNLSTM",
     "DCGAN",
     "DQN",
     "DeepConvNet",
@@ -80,6 +90,7 @@ __all__ = [
     "FullyConnectedNet",
     "GAN",
     "GoogLeNet",
+    "I3D",
     "KNearestNeighbors",
     "KeypointRCNN",
     "LeNet",
@@ -90,6 +101,7 @@ __all__ = [
     "REINFORCE",
     "ResNet",
     "SingleStageDetector",
+    "SlowFast",
     "SqueezeNet",
     "TwoStageDetector",
     "VAE",

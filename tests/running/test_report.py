@@ -1,5 +1,6 @@
 """Reports: claims are held against measurements honestly, and the page stands alone."""
 
+import base64
 import json
 import math
 import re
@@ -39,6 +40,9 @@ def test_an_incomplete_claim_is_an_error(wrong):
         hold_against("r", [expect], {})
 
 
+GIF = b"GIF89a and what moves"
+
+
 @pytest.fixture
 def run(tmp_path):
     folder = tmp_path / "run"
@@ -48,6 +52,7 @@ def run(tmp_path):
     (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
     (folder / "config.yaml").write_text("model: <script>alert(1)</script>\n")
     curves_figure(read_curves(folder / "metrics.csv")).savefig(folder / "pictures" / "test_curves.png")
+    (folder / "pictures" / "test_clips.gif").write_bytes(GIF)
     results = hold_against("lenet/x", [claim()], {"test/accuracy": 0.95})
     return Run("lenet/x", "LeNet", "zoo reproduce lenet/x", results, folder, 12.3, 1_256_080)
 
@@ -64,6 +69,7 @@ def test_the_page_needs_nothing_beside_it_and_escapes_what_it_shows(run, tmp_pat
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "every claim was met" in page
     assert page.count("data:image/png;base64,") == 2
+    assert f'alt="test clips" src="data:image/gif;base64,{base64.b64encode(GIF).decode()}"' in page
     assert "<script>" not in page
     assert "<b>" not in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)

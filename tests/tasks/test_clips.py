@@ -103,6 +103,17 @@ def test_a_test_leaves_pictures_and_a_gif_that_plays(model, tmp_path):
         assert animation.n_frames == 4
 
 
+@pytest.mark.parametrize("classes", [6, 10])
+def test_clips_of_every_class_are_shown_though_they_come_class_by_class(classes, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("zoo.tasks.video.clips_gif", lambda clips, captions: shown.extend(captions) or b"")
+    model = Brightness(classes)
+    clips, labels = data(40)[0], torch.arange(40) * classes // 40
+    trainer(tmp_path).test(model, DataLoader(TensorDataset(clips, labels), 16), verbose=False)
+    counts = [sum(caption.endswith(f"is {name}") for caption in shown) for name in model.class_names]
+    assert counts == ([1] * 6 if classes == 6 else [1] * 8 + [0] * 2)
+
+
 def test_the_worst_mistakes_are_kept_with_a_few_frames_each(model):
     clips, labels = data(40)
     found, losses = model._count((clips, labels), model.test_scores)

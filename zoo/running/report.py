@@ -248,8 +248,9 @@ def _section(run: Run) -> str:
     curves = run.folder / "metrics.csv"
     figure = curves_figure(read_curves(curves)) if curves.is_file() else None
     pictures = [_picture(to_png(figure), "learning curves")] if figure else []
-    files = [run.folder / "predictions.png", *sorted((run.folder / "pictures").glob("*.png"))]
-    pictures += [_picture(file.read_bytes(), file.stem.replace("_", " ")) for file in files if file.is_file()]
+    found = sorted(file for suffix in ("png", "gif") for file in (run.folder / "pictures").glob(f"*.{suffix}"))
+    files = [file for file in (run.folder / "predictions.png", *found) if file.is_file()]
+    pictures += [_picture(file.read_bytes(), file.stem.replace("_", " "), file.suffix[1:]) for file in files]
     pictures += [_embedded(file) for file in sorted((run.folder / "pictures").glob("*.html"))]
     config = run.folder / "config.yaml"
     facts = {
@@ -298,10 +299,10 @@ def _definitions(facts: dict[str, str]) -> str:
     return f'<table class="facts">{rows}</table>'
 
 
-def _picture(png: bytes, caption: str) -> str:
-    data = base64.b64encode(png).decode()
+def _picture(content: bytes, caption: str, kind: str = "png") -> str:
+    data = base64.b64encode(content).decode()
     name = html.escape(caption)
-    return f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/png;base64,{data}"></figure>'
+    return f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/{kind};base64,{data}"></figure>'
 
 
 def _embedded(page: Path) -> str:

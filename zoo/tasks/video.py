@@ -119,7 +119,7 @@ class VideoTask(LightningModule):
         self.test_scores = VideoScores(num_classes)
         self.test_confusion = MulticlassConfusionMatrix(num_classes)
         self._mistakes: list[dict[str, Any]] = []
-        self._shown: list[tuple[Tensor, str]] = []
+        self._shown: dict[str, list[tuple[Tensor, str]]] = {}  # of each class clips and what is said of them
 
     @property
     def chance_loss(self) -> float:
@@ -160,7 +160,7 @@ class VideoTask(LightningModule):
         self.val_scores.log(self, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count a batch of the test split, keep its worst mistakes and the first clips."""
+        """Count a batch of the test split, keep its worst mistakes and the first clips of each class."""
         counted = self._count(batch, self.test_scores)
         if counted is None:
             return
@@ -169,12 +169,15 @@ class VideoTask(LightningModule):
         self.test_confusion.update(found, labels)
         predictions = best_classes(found.exp(), self.class_names)
         names = [self.class_names[label] for label in labels.tolist()]
-        rows = range(min(len(names), SHOWN - len(self._shown)))
-        self._shown += [(clips[k].cpu(), f"{best_three(predictions[k])}\nis {names[k]}") for k in rows]
+        for k, name in enumerate(names):
+            # In class folders the first clips are all of one class: each class shows as many.
+            shown, count = self._shown.setdefault(name, []), sum(map(len, self._shown.values()))
+            if count < SHOWN and len(shown) < max(1, SHOWN // len(self.class_names)):
+                shown.append((clips[k].cpu(), f"{best_three(predictions[k])}\nis {name}"))
         self._keep_worst(clips, losses, predictions, names)
 
     def on_test_epoch_end(self) -> None:
-        """Log the numbers, the confusion matrix, the worst mistakes and an animation of the first clips."""
+        """Log the numbers, the confusion matrix, the worst mistakes and an animation of clips of each class."""
         confusion = self.test_confusion.compute()
         self.test_scores.log(self, "test")
         self.log("test/samples", confusion.sum().float(), rank_zero_only=True)
@@ -183,11 +186,12 @@ class VideoTask(LightningModule):
         frames, captions = [each["frames"] for each in mistakes], [each["caption"] for each in mistakes]
         log_picture(self, "test/worst_mistakes", clips_figure(frames, captions, "worst mistakes"))
         if self._shown and self.trainer.loggers and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            clips, said = (list(column) for column in zip(*self._shown, strict=True))
+            shown = [clip for of_class in self._shown.values() for clip in of_class]
+            clips, said = (list(column) for column in zip(*shown, strict=True))
             log_picture(self, "test/clips", clips_figure(clips, said, "clips, the best three classes of each"))
             log_file(self, "test/clips", ".gif", clips_gif(clips, said))
         self.test_confusion.reset()
-        self._mistakes, self._shown = [], []
+        self._mistakes, self._shown = [], {}
 
     def predict_step(self, batch: tuple[Tensor, Tensor] | Tensor, batch_idx: int) -> list[dict[str, Any]]:
         """For each video its ``class_name``, the ``probability`` of that, and the ``top`` five as (name, probability).
