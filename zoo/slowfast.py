@@ -160,6 +160,7 @@ class SlowFastNetwork(nn.Module):
         Raises:
             ValueError: T is no multiple of alpha.
         """
+        clips = clips.contiguous()  # channels last takes a tenth more on a CPU, in benchmarks/video_step.py
         slow = self.slow.stem(clips[:, :, slow_frames(clips.shape[2], self.alpha)])  # (N, 64, S, 56, 56)
         fast = self.fast.stem(clips)  # (N, 8, T, 56, 56)
         for lateral, slow_stage, fast_stage in zip(self.laterals, self.slow.stages, self.fast.stages, strict=True):
@@ -314,7 +315,6 @@ class SlowFast(VideoTask):
         self.example_input_array = torch.zeros(1, 3, frames, image_size, image_size)
         self.published = PublishedSlowFast()
         network = SlowFastNetwork(BLOCKS[depth], width, alpha, beta_inv, lateral_kernel, zero_init)
-        network.to(memory_format=torch.channels_last_3d)
         self.backbone = standardized(network, mean, std, dimensions=3)
         self.window = image_size // STRIDE
         self.dropout = nn.Dropout(dropout)
