@@ -273,13 +273,13 @@ def letterbox(images: Sequence[Tensor], size: int) -> tuple[Tensor, Tensor]:
         return torch.stack(list(images)), images[0].new_tensor([1.0, 1.0, 0.0, 0.0]).repeat(len(images), 1)
     squares = images[0].new_full((len(images), 3, size, size), 0.5)
     places = []
-    for square, image in zip(squares, images, strict=True):
+    for k, image in enumerate(images):
         height, width = image.shape[-2:]
         longer = max(height, width)
         high, wide = max(height * size // longer, 1), max(width * size // longer, 1)
         top, left = (size - high) // 2, (size - wide) // 2
         fitted = F.interpolate(image[None], (high, wide), mode="bilinear", align_corners=True)[0]
-        square[:, top : top + high, left : left + wide] = fitted
+        squares[k, :, top : top + high, left : left + wide] = fitted
         places.append([wide / width, high / height, left, top])
     return squares, squares.new_tensor(places)
 

@@ -66,25 +66,31 @@ def grad_cam(model: nn.Module, images: Tensor, layer: str, targets: Targets = No
 
     Args:
         model: As for :func:`saliency`.
-        images: (N, C, H, W) in [0, 1].
+        images: (N, C, H, W) in [0, 1], or clips (N, C, T, H, W).
         layer: Its name, as ``zoo show`` prints it; the last convolution as a rule.
         targets: As for :func:`saliency`.
 
     Returns:
-        (N, H, W), none below 0, brought to the images' size bilinearly.
+        (N, H, W), or (N, T, H, W) of clips, none below 0, brought to the images' size linearly.
 
     Raises:
         ImportError: captum is not installed.
-        ValueError: There is no such class or layer, or the layer has no maps.
+        ValueError: There is no such class or layer, the layer has no maps, or the score does not depend on it.
     """
     method = captum_part("attr").LayerGradCam
     chosen = find_layer(model, layer)
     with leaving_untouched(model):
         classes = _classes(model, images, targets)
-        maps = method(model, chosen).attribute(_pixels(images), target=classes, relu_attributions=True)
-    if not isinstance(maps, Tensor) or maps.ndim != 4:
+        try:
+            maps = method(model, chosen).attribute(_pixels(images), target=classes, relu_attributions=True)
+        except RuntimeError as error:
+            if "not have been used" not in str(error):
+                raise
+            raise ValueError(f"the score does not depend on layer {layer}") from error
+    if not isinstance(maps, Tensor) or maps.ndim != images.ndim:
         raise ValueError(f"layer {layer} gives no maps (N, K, h, w): name a convolution or a pool")
-    return F.interpolate(maps.detach(), images.shape[2:], mode="bilinear")[:, 0]
+    linear = "bilinear" if images.ndim == 4 else "trilinear"
+    return F.interpolate(maps.detach(), images.shape[2:], mode=linear)[:, 0]
 
 
 def occlusion(

@@ -118,7 +118,7 @@ def stages(model: nn.Module, images: Tensor) -> list[str]:
 
     Args:
         model: The network.
-        images: (N, C, H, W) in [0, 1].
+        images: (N, C, H, W) in [0, 1], or clips (N, C, T, H, W).
 
     Returns:
         Names as in ``named_modules``; none where the network has no maps.
@@ -142,7 +142,8 @@ def stages(model: nn.Module, images: Tensor) -> list[str]:
     addresses = set()
     for name, output in ran:
         new = output.data_ptr() not in addresses
-        if new and names.count(name) == 1 and output.ndim == 4 and min(output.shape[2:]) > 1 and _learns(model, name):
+        maps = output.ndim == images.ndim and min(output.shape[-2:], default=0) > 1
+        if new and maps and names.count(name) == 1 and _learns(model, name):
             last[tuple(output.shape[2:])] = name
             addresses.add(output.data_ptr())
     last.pop(tuple(images.shape[2:]), None) if len(last) > 1 else None

@@ -47,6 +47,39 @@ class Sheet:
         return figure
 
 
+@dataclass(frozen=True)
+class Bars:
+    """Numbers of one method as bars.
+
+    Attributes:
+        title: What they are.
+        note: Settings.
+        values: (N, D).
+        captions: One for each of the N.
+    """
+
+    title: str
+    note: str
+    values: Tensor
+    captions: list[str]
+
+    def figure(self) -> "Figure":
+        """A row of bars for each of the N, all on one scale."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(max(5.0, 2.5 + 0.35 * self.values.shape[1]), 0.5 + 1.3 * len(self.values)),
+                        layout="constrained")  # fmt: skip
+        figure.suptitle(self.title, fontsize=11)
+        for place, (row, caption) in enumerate(zip(self.values.tolist(), self.captions, strict=True), 1):
+            axes = figure.add_subplot(len(self.values), 1, place, ylim=(0, 1.05 * max(float(self.values.max()), 1e-12)))
+            axes.bar(range(len(row)), row, color="tab:orange")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.set_ylabel(caption.replace("$", r"\$"), fontsize=8, rotation=0, ha="right", va="center")
+            axes.tick_params(labelsize=7)
+            axes.spines[["top", "right"]].set_visible(False)
+        return figure
+
+
 def rgb(image: Tensor) -> Tensor:
     """(H, W), (1, H, W) or (3, H, W) to (3, H, W) in [0, 1], on the CPU."""
     plain = image.detach().float().cpu().clamp(0, 1)
@@ -69,6 +102,17 @@ def over(image: Tensor, values: Tensor) -> Tensor:
     return (0.4 * rgb(image).mean(0) + 0.6 * coloured(values)).clamp(0, 1)
 
 
+def framed(image: Tensor, boxes: Tensor | None) -> Tensor:
+    """Boxes (R, 4) as (x1, y1, x2, y2) in pixels drawn in white, with a dark rim, on a picture (3, H, W)."""
+    from torchvision.utils import draw_bounding_boxes
+
+    if boxes is None:
+        return image
+    width = max(1, round(max(image.shape[1:]) / 160))
+    rimmed = draw_bounding_boxes(image, boxes, colors="black", width=2 * width)
+    return draw_bounding_boxes(rimmed, boxes, colors="white", width=width)
+
+
 def signed(change: Tensor) -> Tensor:
     """(C, H, W) with sign around grey; its largest two hundredths are cut off."""
     scale = change.abs().flatten()[:: max(1, change.numel() // 100_000)].quantile(0.99).clamp_min(1e-12)
@@ -87,7 +131,7 @@ def scattered(images: Tensor, plane: Tensor, side: int = 640, thumbnail: int = 6
     return canvas
 
 
-def write_page(path: Path, title: str, sheets: list[tuple[Sheet, bytes]], left_out: dict[str, str]) -> None:
+def write_page(path: Path, title: str, sheets: list[tuple[Sheet | Bars, bytes]], left_out: dict[str, str]) -> None:
     """Write the page, complete or not at all.
 
     Args:
@@ -105,7 +149,7 @@ def write_page(path: Path, title: str, sheets: list[tuple[Sheet, bytes]], left_o
         partial.write_text(PAGE.format(title=html.escape(title), sections=sections, without=without), encoding="utf-8")
 
 
-def _section(sheet: Sheet, png: bytes) -> str:
+def _section(sheet: Sheet | Bars, png: bytes) -> str:
     title, data = html.escape(sheet.title), base64.b64encode(png).decode()
     return f'<h2>{title}</h2><p>{html.escape(sheet.note)}</p><img alt="{title}" src="data:image/png;base64,{data}">'
 

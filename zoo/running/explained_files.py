@@ -1,102 +1,39 @@
-"""``zoo explain MODEL METHOD IMAGE…``: look into a classifier of pictures, with pictures of one's own."""
+"""``zoo explain MODEL METHOD FILE…``: look into a model, with pictures, videos or observations of one's own."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+from lightning import LightningModule
 from PIL import Image
-from torch import Tensor
 
 import zoo
-from zoo.explaining.attributions import grad_cam, guided_backpropagation, occlusion, saliency
-from zoo.explaining.fooling import fool
-from zoo.explaining.inspecting import (
-    activation_maps,
-    activations,
-    embed,
-    features,
-    first_filters,
-    maximally_activating_patches,
-    nearest_neighbours,
-)
-from zoo.explaining.looking import Progress, class_number, find_layer, stages
-from zoo.explaining.page import Sheet, coloured, over, rgb, scattered, signed, write_page
-from zoo.explaining.segmenting import segment
-from zoo.explaining.synthesis import class_visualization, deep_dream, feature_inversion, style_transfer, texture
+from zoo.explaining.looking import Progress, find_layer
+from zoo.explaining.page import Bars, Sheet, rgb, write_page
 from zoo.recipes import RecipeError, suggest
-from zoo.running.picture_files import find_pictures, printable, read_picture, short_name
+from zoo.running import explained_classifiers, explained_scores
+from zoo.running.explained_classifiers import Answer
+from zoo.running.picture_files import printable
 from zoo.running.pictures import to_png
+from zoo.tasks.captioning import CaptioningTask
 from zoo.tasks.classification import ClassificationTask
+from zoo.tasks.control import ControlTask
+from zoo.tasks.detection import DetectionTask
+from zoo.tasks.video import VideoTask
 from zoo.weights import load
 
-SHOWN = 32  # filters, and maps of a picture
-FAR = 10  # an adversarial picture wants to be seen as the class of this rank, where none is named
-MANY = 8  # pictures that are looked at one by one
+Methods = Mapping[str, Callable[[Any], Answer]]
 
-
-@dataclass
-class Question:
-    """What is looked at.
-
-    Attributes:
-        model: A classifier.
-        images: (N, C, H, W) in [0, 1].
-        names: Of the N files.
-        layer: Its name; None leaves it to the method.
-        target: A class; None leaves it to the method.
-        steps: Of what is optimised; None leaves it to the method.
-        seed: Of what is random.
-        progress: A bar.
-    """
-
-    model: ClassificationTask
-    images: Tensor
-    names: list[str]
-    layer: str | None
-    target: int | None
-    steps: int | None
-    seed: int
-    progress: Progress
-
-    def stage(self, wanted: int) -> str:
-        """The layer that was asked for, else one of the network's stages, from 0 on or from -1 backwards."""
-        return self.layer or self.stages()[max(-len(self.stages()), min(wanted, len(self.stages()) - 1))]
-
-    def stages(self) -> list[str]:
-        """The layer that was asked for alone, else the last at each size of the maps.
-
-        Raises:
-            ValueError: There are no maps.
-        """
-        if self.layer:
-            return [self.layer]
-        found = stages(self.model, self.images)
-        if not found:
-            raise ValueError(f"zoo.{type(self.model).__name__} has no layer with maps")
-        return found
-
-    def scores(self) -> Tensor:
-        """(N, K)."""
-        with torch.no_grad():
-            return self.model(self.images)
-
-    def seen(self) -> list[int]:
-        """The class that was asked for, else the best of each picture."""
-        return self.scores().argmax(1).tolist() if self.target is None else [self.target] * len(self.images)
-
-    def few(self) -> "Question":
-        """With the first pictures only."""
-        return Question(**{**vars(self), "images": self.images[:MANY], "names": self.names[:MANY]})
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A sheet, and pictures that were made and are worth a file of their own (M, C, H, W)."""
-
-    sheet: Sheet
-    made: Tensor | None = None
+# What a model is called, and what applies to it.
+KINDS: dict[type[LightningModule], tuple[str, Methods, Callable[..., Any]]] = {
+    ClassificationTask: ("classifiers of pictures", explained_classifiers.METHODS, explained_classifiers.ask),
+    DetectionTask: ("detectors", explained_scores.OF_DETECTORS, explained_scores.ask_detector),
+    CaptioningTask: ("captioners", explained_scores.OF_CAPTIONERS, explained_scores.ask_captioner),
+    VideoTask: ("classifiers of clips", explained_scores.OF_CLIPS, explained_scores.ask_of_clips),
+    ControlTask: ("policies", explained_scores.OF_POLICIES, explained_scores.ask_policy),
+}
+METHODS = tuple(dict.fromkeys(name for _, methods, _ in KINDS.values() for name in methods))
 
 
 def explain(
@@ -112,42 +49,48 @@ def explain(
     """Write ``<method>.png`` and the pictures that were made; without a method ``index.html`` of all that apply.
 
     Args:
-        model: A ``.ckpt`` or ``.safetensors`` of a classifier, or an architecture's name, for its published weights.
-        words: A method of :data:`METHODS`, or none, and then pictures and folders. For ``style`` the last one is the
-            manner in which the others are painted.
+        model: A ``.ckpt`` or ``.safetensors``, or an architecture's name, for its published weights.
+        words: A method of :data:`METHODS`, or none, and then pictures and folders; videos for classifiers of clips,
+            observations for policies (:func:`zoo.running.explained_scores.read_observations`). For ``style`` the last
+            picture is the manner in which the others are painted.
         layer: As ``zoo show`` prints it; None takes one that suits the method.
-        target: A class, by name or number; None takes what the model sees.
+        target: A class, by name or number, or an action's number; None takes what the model sees. Of a detector an
+            object, by its class, the best one, or by its rank, from 1; None takes the three best that are sure. Of a
+            captioner a word of its caption, or its place there, from 1; None takes each word.
         out: The folder.
         steps: Of what is optimised; None takes what suits the method.
         seed: Of what is random.
         weights: Of an architecture: the name or the file; None is ``DEFAULT``.
 
     Raises:
-        RecipeError: There is no such method, picture, layer, class or model.
-        ValueError: The method does not apply to the model.
+        RecipeError: There is no such method, file, layer, class or model, or the method does not apply to the model.
+        ValueError: The method does not apply to the model or the files.
         ImportError: It needs a library that is not installed.
     """
-    method, pictures = _split(words)
+    method, files = _split(words)
     network = _network(model, weights)
-    images, names = _read(network, pictures)
+    kind, methods, ask = next(found for task, found in KINDS.items() if isinstance(network, task))
+    if method is not None and method not in methods:
+        raise RecipeError(f"{method} is not for {kind}: to a zoo.{type(network).__name__} apply {', '.join(methods)}")
     if layer is not None:
         find_layer(network, layer)
-    number = None if target is None else class_number(target, network.class_names)
-    out.mkdir(parents=True, exist_ok=True)
     with _bar() as progress:
-        question = Question(network, images, names, layer, number, steps, seed, progress)
+        question = ask(network, files, layer, target, steps, seed, progress)
+        out.mkdir(parents=True, exist_ok=True)
         if method is not None:
-            _write(method, METHODS[method](question), out)
+            _write(method, methods[method](question), out)
             return
-        _write_all(question, out, f"zoo.{type(network).__name__} looked into, with {', '.join(names[:MANY])}")
+        title = f"zoo.{type(network).__name__} looked into, with {', '.join(question.few().names)}"
+        _write_all(question, methods, out, title)
 
 
-def _write_all(question: Question, out: Path, title: str) -> None:
-    sheets: list[tuple[Sheet, bytes]] = []
+def _write_all(question: Any, methods: Methods, out: Path, title: str) -> None:
+    sheets: list[tuple[Sheet | Bars, bytes]] = []
     left_out: dict[str, str] = {}
-    for method, answer in METHODS.items():
+    for method, answer in methods.items():
         try:
-            sheet = answer(question.few() if method not in WITH_ALL else question).sheet
+            many = method in explained_classifiers.WITH_ALL
+            sheet = answer(question if many else question.few()).sheet
             sheets.append((sheet, to_png(sheet.figure())))
             print(f"{method}: {sheet.note}", flush=True)
         except (ValueError, ImportError) as error:
@@ -167,21 +110,22 @@ def _write(method: str, answer: Answer, out: Path) -> None:
 
 
 def _split(words: list[str]) -> tuple[str | None, list[Path]]:
-    """The method, if the first word is one, and the pictures."""
+    """The method, if the first word is one, and the files."""
     method = words[0] if words[0] in METHODS else None
     if method is None and not Path(words[0]).exists():
         known = suggest(words[0], METHODS)
         raise RecipeError(f"there is no method and no picture {printable(words[0])!r}{known}")
-    pictures = words[1:] if method else words
-    if not pictures:
+    files = words[1:] if method else words
+    if not files:
         raise RecipeError(f"zoo explain … {method} needs pictures, or folders of them")
-    return method, [Path(word) for word in pictures]
+    return method, [Path(word) for word in files]
 
 
-def _network(model: str, weights: str | None) -> ClassificationTask:
+def _network(model: str, weights: str | None) -> LightningModule:
     known = {name.lower(): name for name in zoo.ARCHITECTURES}
     known |= {module.removeprefix("zoo."): name for name, module in zoo.ARCHITECTURES.items()}
     asked = model.removeprefix("zoo.").lower()
+    found: LightningModule
     if Path(model).suffix in (".ckpt", ".safetensors"):
         if weights is not None:
             raise RecipeError(f"--weights is for an architecture's name: {model} has its own")
@@ -190,23 +134,10 @@ def _network(model: str, weights: str | None) -> ClassificationTask:
         found = getattr(zoo, known[asked])(weights=weights or "DEFAULT").eval()
     else:
         raise RecipeError(f"there is no architecture or checkpoint {model!r}{suggest(asked, sorted(known), alike=0.4)}")
-    if not isinstance(found, ClassificationTask):
-        raise RecipeError(f"{model} is a zoo.{type(found).__name__}; zoo explain looks into classifiers of pictures")
+    if not isinstance(found, tuple(KINDS)):
+        into = ", ".join(kind for kind, *_ in KINDS.values())
+        raise RecipeError(f"{model} is a zoo.{type(found).__name__}; zoo explain looks into {into}")
     return found
-
-
-def _read(model: ClassificationTask, pictures: list[Path]) -> tuple[Tensor, list[str]]:
-    channels, height, width = model.example_input_array.shape[1:]
-    if channels not in (1, 3):
-        raise RecipeError(f"the model takes images of {channels} channels, pictures have 1 or 3")
-    files = find_pictures(pictures)
-    images = []
-    for file in files:
-        try:
-            images.append(read_picture(file, channels, height, width))
-        except Exception as error:
-            raise RecipeError(f"{printable(file)} is no picture: {error}") from error
-    return torch.stack(images), [short_name(file) for file in files]
 
 
 @contextmanager
@@ -216,225 +147,3 @@ def _bar() -> Iterator[Progress]:
     with Bar(transient=True) as bar:
         task = bar.add_task("steps", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _filters(question: Question) -> Answer:
-    filters = first_filters(question.model, question.images.shape[1:])
-    note = f"{len(filters)} filters of {filters.shape[2]}x{filters.shape[3]}, each scaled by its own range"
-    return Answer(Sheet("filters of the first layer", note, list(filters[:SHOWN]), [""] * len(filters[:SHOWN]), 8))
-
-
-def _activations(question: Question) -> Answer:
-    layer = question.stage(0)
-    maps = activation_maps(question.model, question.images[:1], layer)[0]
-    shown = [rgb(question.images[0]), *(coloured(each) for each in maps[: SHOWN - 1])]
-    note = f"layer {layer}, {question.names[0]}: {len(shown) - 1} of {len(maps)} maps, each scaled by its own range"
-    return Answer(Sheet("activation maps", note, shown, [question.names[0], *map(str, range(len(shown) - 1))], 8))
-
-
-def _patches(question: Question) -> Answer:
-    layer = question.stage(-2)
-    maps = activations(question.model, question.images, layer)
-    if maps.ndim != 4:
-        raise ValueError(f"layer {layer} has no maps")
-    channels = maps.amax((0, 2, 3)).topk(min(4, maps.shape[1])).indices.tolist()
-    shown, captions = [], []
-    for channel in channels:
-        for patch in maximally_activating_patches(question.model, question.images, layer, channel, MANY):
-            shown.append(patch.pixels)
-            captions.append(f"channel {channel}: {patch.value:.1f}")
-    note = f"layer {layer}: of the channels that answer most, the parts of pictures that excite them most"
-    return Answer(Sheet("maximally activating patches", note, shown, captions, len(shown) // len(channels)))
-
-
-def _features(question: Question) -> tuple[str, Tensor]:
-    layer = question.layer or "backbone"
-    return layer, features(question.model, question.images, layer)
-
-
-def _neighbours(question: Question) -> Answer:
-    if len(question.images) < 2:
-        raise ValueError("neighbours need two pictures at least")
-    layer, vectors = _features(question)
-    indices, distances = nearest_neighbours(vectors[:MANY], vectors, min(6, len(vectors)))
-    shown = [question.images[k] for row in indices.tolist() for k in row]
-    captions = [
-        f"{question.names[k]}\n{far:.1f}"
-        for row, line in zip(indices.tolist(), distances.tolist(), strict=True)
-        for k, far in zip(row, line, strict=True)
-    ]
-    note = f"features of {layer}; the picture itself, then the nearest with their Euclidean distances"
-    return Answer(Sheet("nearest neighbours", note, shown, captions, indices.shape[1]))
-
-
-def _pca(question: Question) -> Answer:
-    layer, vectors = _features(question)
-    plane = scattered(question.images, embed(vectors))
-    return Answer(Sheet("principal components", f"features of {layer}", [plane], [""], 1), plane[None])
-
-
-def _tsne(question: Question) -> Answer:
-    layer, vectors = _features(question)
-    plane = scattered(question.images, embed(vectors, "tsne", seed=question.seed))
-    return Answer(Sheet("t-SNE", f"features of {layer}, seed {question.seed}", [plane], [""], 1), plane[None])
-
-
-def _beside(question: Question, title: str, note: str, views: list[Tensor]) -> Answer:
-    """Pictures in the first row, what was found in them below."""
-    classes = question.seen()
-    captions = [f"{name}\n{_name(question, k)}" for name, k in zip(question.names, classes, strict=True)]
-    images = [*map(rgb, question.images), *views]
-    return Answer(Sheet(title, note, images, captions + [""] * len(views), len(captions)))
-
-
-def _name(question: Question, k: int) -> str:
-    return question.model.class_names[k]
-
-
-def _saliency(question: Question) -> Answer:
-    maps = saliency(question.model, question.images, question.target)
-    return _beside(question, "saliency", "largest |ds/dx| of a pixel's channels", [coloured(each) for each in maps])
-
-
-def _guided(question: Question) -> Answer:
-    maps = guided_backpropagation(question.model, question.images, question.target)
-    note = "the gradient where it and the rectifier's input are above 0"
-    return _beside(question, "guided backpropagation", note, [signed(each) for each in maps])
-
-
-def _grad_cam(question: Question) -> Answer:
-    layer = question.stage(-1)
-    maps = grad_cam(question.model, question.images, layer, question.target)
-    return _beside(
-        question, "Grad-CAM", f"layer {layer}", [over(*both) for both in zip(question.images, maps, strict=True)]
-    )
-
-
-def _occlusion(question: Question) -> Answer:
-    falls = occlusion(question.model, question.images, question.target).clamp_min(0)
-    note = "how far the class's probability falls where a patch of mean colour, a fifth of the side, lies"
-    return _beside(question, "occlusion", note, [over(*both) for both in zip(question.images, falls, strict=True)])
-
-
-def _segmentation(question: Question) -> Answer:
-    maps = saliency(question.model, question.images, question.target)
-    views = [rgb(image) * segment(image, each) for image, each in zip(question.images, maps, strict=True)]
-    return _beside(question, "segmentation by saliency", "GrabCut that starts from saliency", views)
-
-
-def _adversarial(question: Question) -> Answer:
-    order = question.scores().argsort(1, descending=True)
-    rank = min(FAR, order.shape[1]) - 1
-    wanted = order[:, rank] if question.target is None else torch.full((len(order),), question.target)
-    found = fool(
-        question.model, question.images, wanted, question.steps or 100, as_file=True, progress=question.progress
-    )
-    with torch.no_grad():
-        now = question.model(found.images).argmax(1).tolist()
-    before = [f"{name}\n{_name(question, k)}" for name, k in zip(question.names, order[:, 0].tolist(), strict=True)]
-    after = [
-        f"{_name(question, k)} after {steps} steps\nnorm {far:.2f}, at most {most * 255:.1f}/255"
-        for k, steps, far, most in zip(
-            now, found.steps.tolist(), found.l2.tolist(), found.largest.tolist(), strict=True
-        )
-    ]
-    shown = [*map(rgb, question.images), *map(rgb, found.images)]
-    shown += [signed(rgb(new) - rgb(old)) for new, old in zip(found.images, question.images, strict=True)]
-    fooled = f"{int(found.fooled.sum())} of {len(before)} are seen as the wanted class"
-    note = f"{fooled}; steps of length 0.1, at most {question.steps or 100}; Euclidean norms of pixels in [0, 1]"
-    captions = [*before, *after, *["the change, enlarged"] * len(before)]
-    return Answer(Sheet("adversarial pictures", note, shown, captions, len(before)), found.images)
-
-
-def _class(question: Question) -> Answer:
-    classes = list(dict.fromkeys(question.seen()))
-    size = question.images.shape[1:]
-    steps = question.steps or 200
-    found = class_visualization(question.model, classes, size, steps, seed=question.seed, progress=question.progress)
-    note = f"{steps} steps from noise; score less penalty {found.losses[0]:.1f} → {found.losses[-1]:.1f}"
-    names = [_name(question, k) for k in classes]
-    return Answer(Sheet("class visualisation", note, list(found.images), names, len(names)), found.images)
-
-
-def _inversion(question: Question) -> Answer:
-    steps = question.steps or 150
-    shown, notes, captions = list(question.images[:1]), [], [question.names[0]]
-    for layer in question.stages():
-        found = feature_inversion(
-            question.model, question.images[:1], layer, steps, seed=question.seed, progress=question.progress
-        )
-        shown.append(found.images[0])
-        captions.append(layer.removeprefix("backbone.network."))
-        notes.append(f"{layer} {found.share:.2%}")
-    note = f"{steps} steps from noise; the loss fell to {', '.join(notes)}"
-    return Answer(Sheet("feature inversion", note, shown, captions, len(shown)), torch.stack(shown[1:]))
-
-
-def _dream(question: Question) -> Answer:
-    layer = question.stage(-2)
-    octaves = 4
-    steps = question.steps or 10
-    found = deep_dream(
-        question.model, question.images, layer, octaves, steps=steps, seed=question.seed, progress=question.progress
-    )
-    note = f"layer {layer}, {octaves} octaves of 1.4, {steps} steps of 1.5/255 at each, shifts of up to 32 pixels"
-    shown = [*question.images, *found.images]
-    return Answer(Sheet("DeepDream", note, shown, question.names + [""] * len(question.names), len(question.names)),
-                  found.images)  # fmt: skip
-
-
-def _style_layers(question: Question) -> list[str]:
-    found = question.stages()
-    return found[:-1] if len(found) > 1 else found  # the coarsest says what is there, not how it is painted
-
-
-def _texture(question: Question) -> Answer:
-    layers, steps = _style_layers(question), question.steps or 200
-    found = texture(
-        question.model, question.images, layers, steps=steps, seed=question.seed, progress=question.progress
-    )
-    note = f"layers {', '.join(layers)}, {steps} steps from noise; the loss fell to {found.share:.2%}"
-    shown = [*question.images, *found.images]
-    return Answer(Sheet("texture", note, shown, question.names + [""] * len(question.names), len(question.names)),
-                  found.images)  # fmt: skip
-
-
-def _style(question: Question) -> Answer:
-    if len(question.images) < 2:
-        raise ValueError(
-            "style transfer needs two pictures: the last one is the manner in which the others are painted"
-        )
-    layers, steps = _style_layers(question), question.steps or 200
-    content, style = question.images[:-1], question.images[-1:]
-    found = style_transfer(
-        question.model, content, style, question.stage(1), layers, steps=steps, progress=question.progress
-    )
-    note = (
-        f"content {question.stage(1)}, style {', '.join(layers)} of {question.names[-1]}, {steps} steps; "
-        f"the loss fell to {found.share:.1%}"
-    )
-    shown = [*content, *found.images, *style]
-    captions = [*question.names[:-1], *[""] * len(content), f"style: {question.names[-1]}"]
-    return Answer(Sheet("style transfer", note, shown, captions, max(2, len(content))), found.images)
-
-
-METHODS: dict[str, Callable[[Question], Answer]] = {
-    "filters": _filters,
-    "activations": _activations,
-    "patches": _patches,
-    "neighbours": _neighbours,
-    "pca": _pca,
-    "tsne": _tsne,
-    "saliency": _saliency,
-    "guided": _guided,
-    "grad_cam": _grad_cam,
-    "occlusion": _occlusion,
-    "segmentation": _segmentation,
-    "adversarial": _adversarial,
-    "class": _class,
-    "inversion": _inversion,
-    "dream": _dream,
-    "texture": _texture,
-    "style": _style,
-}
-WITH_ALL = ("patches", "neighbours", "pca", "tsne")  # the more pictures the better
