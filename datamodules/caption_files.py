@@ -260,7 +260,7 @@ def find_pictures_beside(root: Path, captions: Path, found: "dict[Split, list[Fo
     """The folder that the names in a file of all splits start from: the first usual one where one of them is."""
     names = [picture.name for pictures in found.values() for picture in pictures[:20]]
     candidates = [folder for folder in [*(root / name for name in FOLDERS), captions.parent] if folder.is_dir()]
-    return next((folder for folder in candidates if any((folder / name).is_file() for name in names)), root)
+    return next((folder for folder in candidates if any(os.path.isfile(folder / name) for name in names)), root)
 
 
 def _only(folder: Path, patterns: list[str], advice: str) -> Path | None:

@@ -439,7 +439,8 @@ def _encode(text: str, encoding: Any) -> bytes:
     return text.encode("latin1")  # how old protocols write bytes
 
 
-class _PictureUnpickler(pickle.Unpickler):
+# In Python: the interpreter in C sets aside as much memory as a file tells it to.
+class _PictureUnpickler(pickle._Unpickler):
     """Reads dictionaries, lists, numbers, text and arrays of bytes; anything else is refused before it runs."""
 
     STAND_INS = {
@@ -452,7 +453,14 @@ class _PictureUnpickler(pickle.Unpickler):
         ("_codecs", "encode"): _encode,
     }
 
+    def load_bytearray8(self) -> None:
+        """Bytes of protocol 5, as many as the file has; Python's own makes room for as many as it says."""
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8}
+
     def find_class(self, module: str, name: str) -> Any:
+        """What stands in for the few names in an array's pickle."""
         if (module, name) not in self.STAND_INS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which pictures do not need; nothing was run")
         return self.STAND_INS[module, name]

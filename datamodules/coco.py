@@ -5,7 +5,6 @@ lists (COCO's crowds) or compressed.
 """
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeGuard
@@ -24,6 +23,8 @@ WHOLE: tuple[str, ...] = (
     "instances.json",
 )
 WHOLE += ("result.json",)  # sets without a split: CVAT, roboflow and Label Studio among others
+LONGEST = 2**16  # pixels of a side: no JPEG has more
+FARTHEST = 1e9  # pixels: numbers beyond it are no places in a picture, and float32 soon has none for them
 LAYOUT = (
     "expected <root>/annotations/instances_train*.json with the pictures in <root>/train*, <root>/images or beside it, "
     "or <root>/train/_annotations.coco.json; or name the files, by train_json and train_images"
@@ -219,7 +220,9 @@ def find_pictures(root: Path, split: str, annotations: Path, named: str | None) 
     candidates = [root / name for name in (*folders, "images", "JPEGImages")] + [annotations.parent, root]
     candidates = [folder for folder in candidates if folder.is_dir()]
     names = first_pictures(annotations)
-    return next((folder for folder in candidates if any((folder / name).is_file() for name in names)), candidates[0])
+    return next(
+        (folder for folder in candidates if any(os.path.isfile(folder / name) for name in names)), candidates[0]
+    )
 
 
 def first_pictures(annotations: Path) -> list[str]:
@@ -264,17 +267,29 @@ def _list_of_categories(text: bytes) -> list[dict[str, Any]] | None:
         return None
     try:
         found = json.JSONDecoder().raw_decode(text[start:].decode())[0]
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     good = isinstance(found, list) and all(isinstance(entry, dict) and {"id", "name"} <= set(entry) for entry in found)
     return found if good else None
 
 
 def _category(path: Path, entry: Any) -> Category:
-    if not isinstance(entry, dict) or not _is_whole(entry.get("id")) or "name" not in entry:
+    name = entry.get("name") if isinstance(entry, dict) else None
+    if not isinstance(entry, dict) or not _is_whole(entry.get("id")) or not isinstance(name, str | int) or name == "":
         raise ValueError(f"{path}: a category is {_short(entry)}, expected an object with a whole number id and a name")
-    lines = [[first - 1, second - 1] for first, second in entry.get("skeleton") or []]  # files count from 1
-    return Category(entry["id"], str(entry["name"]), [str(name) for name in entry.get("keypoints") or []], lines)
+    points, lines = entry.get("keypoints") or [], entry.get("skeleton") or []
+    if not isinstance(points, list) or not all(isinstance(point, str | int) for point in points):
+        raise ValueError(f"{path}: category {name} has the keypoints {_short(points)}, expected a list of names")
+    if not isinstance(lines, list) or not all(_is_line(line, len(points)) for line in lines):
+        raise ValueError(
+            f"{path}: category {name} has the skeleton {_short(lines)}, expected pairs of its {len(points)} keypoints"
+        )
+    joined = [[first - 1, second - 1] for first, second in lines]  # files count from 1
+    return Category(entry["id"], str(name), [str(point) for point in points], joined)
+
+
+def _is_line(line: Any, points: int) -> bool:
+    return isinstance(line, list) and len(line) == 2 and all(_is_whole(end) and 1 <= end <= points for end in line)
 
 
 def keypoint_names(path: Path, categories: list[Category]) -> tuple[list[str], list[list[int]]]:
@@ -416,9 +431,9 @@ class _Entries:
         return file.name in self._listings[file.parent]
 
     def _size(self, entry: dict[str, Any]) -> tuple[int, int]:
-        """Height and width of a picture: of the file itself where the entry does not say them."""
+        """Height and width of a picture: of the file itself where the entry says none that can be."""
         height, width = entry.get("height"), entry.get("width")
-        if all(_is_whole(side) and side > 0 for side in (height, width)):
+        if all(_is_whole(side) and 0 < side < LONGEST for side in (height, width)):
             return height, width  # type: ignore[return-value]
         try:
             picture = Picture(self.folder / entry["file_name"])
@@ -455,6 +470,13 @@ class _Entries:
             message = f"{name} has the box {_short(box)}, expected four numbers x, y, width, height"
             raise _BadEntryError("boxes that make no sense", message)
         x, y, width, height = box  # type: ignore[misc]
+        if max(map(abs, (x, y, width, height))) > FARTHEST:
+            raise _BadEntryError("boxes that make no sense", f"{name} has the box {_short(box)}, far from any picture")
+        if area is not None and (not _are_numbers([area]) or area < 0 < min(width, height)):
+            raise _BadEntryError("areas that make no sense", f"{name} has the area {_short(area)}, expected a number")
+        if entry.get("iscrowd") not in (None, 0, 1):
+            message = f"{name} has iscrowd {_short(entry['iscrowd'])}, expected 0 or 1"
+            raise _BadEntryError("crowds that make no sense", message)
         mask, points = b"", None
         try:
             if self.masks:
@@ -467,8 +489,8 @@ class _Entries:
             f"annotation {entry['id']}",
             (x, y, x + width, y + height),
             self.labels[category],
-            float(area) if _are_numbers([area]) else None,  # type: ignore[arg-type]
-            bool(entry.get("iscrowd", 0)),
+            None if area is None else float(area),
+            bool(entry.get("iscrowd")),
             mask,
             points,
         )
@@ -479,11 +501,11 @@ def _is_whole(value: Any) -> TypeGuard[int]:
 
 
 def _are_numbers(values: Any, count: int | None = None) -> bool:
-    """Whether it is a list of finite numbers, and of so many."""
+    """Whether it is a list of numbers that a picture may have, and of so many."""
     return (
         isinstance(values, (list, tuple))
         and (count is None or len(values) == count)
-        and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+        and all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < FARTHEST**2 for v in values)
     )
 
 
@@ -523,6 +545,9 @@ def compressed_mask(segmentation: Any, height: int, width: int) -> bytes:
     if isinstance(segmentation, list) and segmentation:
         # pycocotools takes four numbers for a box, and two for nothing that it could draw.
         polygons = [p for p in segmentation if _are_numbers(p) and len(p) >= 6 and len(p) % 2 == 0]
+        # It draws an edge point by point, wherever that leads; what is far away ends the process.
+        if any(abs(place) > 10 * max(height, width) for polygon in polygons for place in polygon):
+            raise ValueError(f"has the polygons {_short(segmentation)}, far from its picture of {width} x {height}")
         if len(polygons) < len(segmentation):
             raise ValueError(f"has the polygons {_short(segmentation)}, expected lists x, y, x, y, … of three points")
         return functions.merge(functions.frPyObjects(polygons, height, width))["counts"]

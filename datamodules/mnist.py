@@ -23,6 +23,7 @@ FILES = {  # train? -> (images, labels)
     True: ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     False: ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+LARGEST = 2**28  # bytes that are read of a file, and unpacked
 
 
 class MNISTDataModule(InMemoryDataModule):
@@ -198,11 +199,13 @@ def read_idx(path: Path, dimensions: int, md5: str | None = None) -> np.ndarray:
     """
     again = "delete it and fetch it again"
     try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
+        with path.open("rb") as file:
+            packed = file.peek(2)[:2] == b"\x1f\x8b"
+            data = gzip.GzipFile(fileobj=file).read(LARGEST) if packed else file.read(LARGEST)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is truncated or corrupt ({error}): {again}") from error
+    if len(data) == LARGEST:
+        raise ValueError(f"{path} has {LARGEST:,} bytes or more, the official files 47 million at most: {again}")
     if data[:4] != bytes([0, 0, 8, dimensions]):
         raise ValueError(f"{path} is no IDX file of {dimensions}-dimensional bytes (it begins {data[:4]!r}): {again}")
     header = 4 + 4 * dimensions

@@ -19,6 +19,8 @@ try:
 except ImportError:
     simplejpeg = None
 
+# Of one byte, at most: a block of 64 pixels takes a bit of a JPEG at least. Decoders conceal what is missing.
+PIXELS_OF_A_BYTE = 1024
 ORIENTATION = 0x0112  # the EXIF tag: 1 is upright, 5 to 8 swap width and height
 
 
@@ -62,6 +64,9 @@ class Picture:
         except Exception as error:  # whatever a decoder raises: OSError, SyntaxError, struct.error, …
             raise self._unreadable(error) from error
         width, height = self._image.size
+        if self.is_jpeg and width * height > max(2**20, PIXELS_OF_A_BYTE * len(self._data)):
+            said = f"it says that it has {width} x {height} pixels, for which its {len(self._data)} bytes are too few"
+            raise self._unreadable(ValueError(said))
         self.height, self.width = (width, height) if self._orientation in (5, 6, 7, 8) else (height, width)
 
     def pixels(self, shrink: int = 1) -> np.ndarray:

@@ -136,6 +136,8 @@ def read_mesh(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path} cannot be read as a mesh: {error or type(error).__name__}") from error
     if not len(faces):
         raise ValueError(f"{path} has no faces: it has no surface to learn")
+    if vertices.ndim != 2 or vertices.shape[1] != 3:
+        raise ValueError(f"{path} has vertices of {vertices.shape[-1]} numbers, expected 3")
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise ValueError(f"{path} has a face with vertex {faces.max() + 1}, but only {len(vertices)} vertices")
     corners = vertices[faces]
@@ -281,6 +283,9 @@ class _Maker:
 # In Python: the interpreter in C sets aside as much memory as a file tells it to.
 class _ArrayPickle(pickle._Unpickler):
     """Reads pickles of arrays, as Python 2 and 3 write them with any NumPy."""
+
+    # Of newer protocols; such an array is made as large as the file says before it is read.
+    dispatch = {key: run for key, run in pickle._Unpickler.dispatch.items() if key != pickle.BYTEARRAY8[0]}
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, encoding="latin1")

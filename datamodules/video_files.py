@@ -4,6 +4,7 @@ To show what a clip asks for, a decoder needs the frames since the key frame bef
 other key frames are not read, those that no frame refers to are not decoded, and only what is asked for becomes RGB.
 """
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -273,7 +274,8 @@ class VideoFile:
         return [found[int(there[k])] for k in _last_before(there, chosen)]
 
     def _unreadable(self, error: Exception) -> Exception:
-        if isinstance(error, OSError):
+        # FFmpeg says EIO of damaged Matroska as of a damaged disk.
+        if isinstance(error, OSError) and error.errno != errno.EIO:
             return error
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return ValueError(f"{self.path} cannot be read as a video: {reason}")

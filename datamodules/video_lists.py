@@ -181,15 +181,17 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
 def _rows(path: Path) -> list[Row]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path.absolute()}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = set(reader.fieldnames or ())
-        if "label" not in columns or not columns & {"path", "youtube_id"}:
-            raise ValueError(f"{path} has the columns {', '.join(reader.fieldnames or ['none'])}: {COLUMNS}")
-        by_name: Split = next(
-            (SPLITS[word] for word in re.split(r"[^a-z]+", path.stem.lower()) if word in SPLITS), "train"
-        )
-        rows = [_row(line, by_name, f"{path}, line {reader.line_num}") for line in reader]
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines(keepends=True)
+        reader = csv.DictReader(lines)
+        columns = list(reader.fieldnames or ["none"])
+        found = [(line, f"{path}, line {reader.line_num}") for line in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no csv file in UTF-8 ({error}): write it again") from error
+    if "label" not in columns or not {"path", "youtube_id"} & set(columns):
+        raise ValueError(f"{path} has the columns {', '.join(columns)}: {COLUMNS}")
+    by_name: Split = next((SPLITS[word] for word in re.split(r"[^a-z]+", path.stem.lower()) if word in SPLITS), "train")
+    rows = [_row(line, by_name, where) for line, where in found]
     if not rows:
         raise ValueError(f"{path} has no lines below its first one")
     return rows
@@ -211,10 +213,10 @@ def _window(line: dict[str, Any], where: str) -> tuple[float, float] | None:
     if not line.get("time_start") and not line.get("time_end"):
         return None
     try:
-        first, last = float(line["time_start"]), float(line["time_end"])
+        first, last = float(line.get("time_start")), float(line.get("time_end"))  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise ValueError(f"{where}: time_start and time_end must both be seconds") from None
-    if not 0 <= first < last:
+    if not 0 <= first < last < math.inf:
         raise ValueError(f"{where}: time_start {first:g} must not be negative, and be before time_end {last:g}")
     return first, last
 

@@ -4,10 +4,14 @@ Source: Everingham et al., 2010, The Pascal Visual Object Classes (VOC) Challeng
 its pictures are from flickr, under flickr's terms.
 """
 
+import lzma
 import os
 import re
+import shutil
+import tarfile
 import tempfile
-from pathlib import Path
+import zlib
+from pathlib import Path, PurePosixPath
 from typing import Literal
 from xml.etree import ElementTree
 
@@ -25,6 +29,7 @@ CLASSES = [
 LAYOUT = (
     "expected <root>/JPEGImages, <root>/Annotations and <root>/ImageSets/Main, or VOC2007 or VOCdevkit/VOC2007 above"
 )
+UNPACKED = 50  # times its own size that an archive may have in it; pictures hardly shrink
 Year = Literal["2007", "2008", "2009", "2010", "2011", "2012"]
 
 
@@ -209,22 +214,37 @@ def unpack(archive: Path, inside: str, folder: Path) -> None:
     """Unpack the part ``inside`` of an archive into ``folder``; its lists come last, since they say that it is whole.
 
     Raises:
-        ValueError: The archive is broken.
+        ValueError: The archive is broken, or has members that do harm: links, devices, places outside, far more bytes
+            than it has itself.
     """
-    import tarfile
-
-    from torchvision.datasets.utils import extract_archive
-
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpacking-") as partial:
         try:
-            extract_archive(str(archive), partial)
-        except (tarfile.TarError, EOFError, OSError) as error:
+            _write_members(archive, PurePosixPath(inside), Path(partial))
+        except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             raise ValueError(f"{archive} cannot be unpacked ({error}): delete it and fetch it again") from error
-        files = sorted(path for path in (Path(partial) / inside).rglob("*") if path.is_file())
+        files = sorted(path for path in Path(partial).rglob("*") if path.is_file())
         for path in sorted(files, key=lambda path: "ImageSets" in path.parts):
-            target = folder / path.relative_to(Path(partial) / inside)
+            target = folder / path.relative_to(partial)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
+
+
+def _write_members(archive: Path, inside: PurePosixPath, folder: Path) -> None:
+    """Write the plain files below ``inside``; all else in the archive is left where it is."""
+    room = UNPACKED * archive.stat().st_size
+    with tarfile.open(archive) as members:
+        for member in members:
+            name = PurePosixPath(member.name)
+            if not name.is_relative_to(inside) or member.isdir():
+                continue
+            room -= member.size
+            if not member.isreg() or ".." in name.parts or room < 0:
+                what = "is no plain file inside of it" if room >= 0 else f"makes it more than {UNPACKED} times its size"
+                raise ValueError(f"{archive} is refused: {member.name!r} {what}. Delete it and fetch it again")
+            target = folder / name.relative_to(inside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "wb") as file:
+                shutil.copyfileobj(members.extractfile(member), file)  # type: ignore[arg-type]
 
 
 def find_classes(folder: Path, skip: bool = False) -> list[str]:
@@ -358,4 +378,4 @@ def read_xml(
 
 def _side(root: ElementTree.Element, name: str) -> int:
     text = (root.findtext(f"size/{name}") or "").strip()
-    return int(text) if text.isdigit() else 0
+    return int(text) if text.isdecimal() and len(text) < 10 else 0

@@ -129,11 +129,27 @@ def load(path: str | os.PathLike) -> LightningModule:
     try:
         # Of the arguments only those that shape the network: a file must not make us fetch another one.
         arguments = {key: value for key, value in header["arguments"].items() if key not in NOT_SAVED}
+        _compare_size(getattr(zoo, name), arguments, state)
         module: LightningModule = getattr(zoo, name)(**arguments)
         module.load_state_dict(state)
-    except (TypeError, RuntimeError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"{path} does not fit zoo.{name}: {error}") from error
     return module.eval()
+
+
+def _compare_size(architecture: type[LightningModule], arguments: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Hold what a file's arguments ask for against what it has, before any memory is taken for it.
+
+    Raises:
+        ValueError: They ask for more.
+    """
+    there = sum(tensor.numel() for tensor in state.values())
+    if isinstance(classes := arguments.get("num_classes"), int) and classes > there:  # which are to be given names
+        raise ValueError(f"its arguments ask for {classes:,} classes, and it has {there:,} values")
+    with torch.device("meta"):
+        asked = sum(tensor.numel() for tensor in architecture(**arguments).state_dict().values())
+    if asked > there:
+        raise ValueError(f"its arguments ask for {asked:,} values, and it has {there:,}")
 
 
 def save(
