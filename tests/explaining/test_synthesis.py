@@ -52,7 +52,7 @@ def test_the_best_picture_of_a_linear_model_is_known():
     """The score is w·x, so that the maximum of w·x - λ‖x - ½‖² is ½ + w / 2λ."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     found = class_visualization(
-        model, [1, 0], (3, 2, 2), steps=300, rate=0.02, penalty=2.0, jitter=0, blur=0, seed=1
+        model, [1, 0], (3, 2, 2), 250, 1.0, penalty=2.0, smoothness=0, jitter=0, rotation=0, zoom=(1, 1), seed=1
     ).images
     expected = 0.5 + model[1].weight.detach().view(2, 3, 2, 2)[[1, 0]] / 4
     torch.testing.assert_close(found, expected.clamp(0, 1), atol=2e-3, rtol=0)
@@ -97,7 +97,7 @@ def test_style_of_the_picture_itself_costs_nothing_and_of_another_falls(network,
     assert same.losses[0] == 0
     found = style_transfer(network, pictures[:1], pictures[1:], "3", ["0", "3"], steps=60)
     assert found.share < 0.5
-    made = texture(network, pictures[1:], ["0", "3"], size=(20, 12), steps=60)
+    made = texture(network, pictures[1:], ["0", "3"], size=(20, 12), steps=60, rate=0.3, jitter=0)
     assert made.images.shape == (1, 3, 20, 12)
     assert made.share < 0.1
     with pytest.raises(ValueError, match=r"1 weights .* 2 layers"):

@@ -4,6 +4,7 @@ Class visualisation, feature inversion, DeepDream, texture synthesis and style t
 and assignment 4. Pixels lie in [0, 1] at every step, and what is random comes from a generator of its own seed.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.explaining.looking import Progress, chosen_classes, layer_outputs, leaving_untouched
+
+# Of learnt frequencies: how their share falls, their first spread, and the colours that photographs mix: brightness,
+# orange against blue, green against purple, each as long as it varies in ImageNet; rows are red, green and blue.
+FALL = 1.2
+SPREAD = 0.005
+COLOURS = [[0.56, 0.19, 0.04], [0.58, 0.0, -0.11], [0.58, -0.19, 0.06]]
 
 
 @dataclass(frozen=True)
@@ -75,53 +82,54 @@ def class_visualization(
     model: nn.Module,
     targets: Sequence[int],
     size: Sequence[int] = (3, 224, 224),
-    steps: int = 200,
-    rate: float = 0.05,
-    penalty: float = 0.02,
+    steps: int = 120,
+    rate: float = 0.03,
+    penalty: float = 0.0,
+    smoothness: float = 0.02,
     jitter: int = 16,
-    blur_every: int = 10,
-    blur: float = 0.5,
+    rotation: float = 15,
+    zoom: tuple[float, float] = (0.75, 1.1),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Synthesis:
-    """Pictures that have the largest score for a class: argmax s(I) - penalty · ‖I - ½‖².
+    """Pictures that have the largest score for a class: argmax s(I) - penalty · ‖I - ½‖² - smoothness · TV(I).
 
-    Simonyan et al., 2014, https://arxiv.org/abs/1312.6034, section 2, from noise, shifted at random before each step
-    and blurred now and then, as in the assignment, but with Adam. Its penalty of 1e-3 on standardised pixels is 0.02.
+    Simonyan et al., 2014, https://arxiv.org/abs/1312.6034, section 2, from noise, shifted at random before each step,
+    as in the assignment. So that a person can guess the class, as Olah et al., 2017 (Feature visualization,
+    https://distill.pub/2017/feature-visualization), the picture is also turned and scaled at random, and what is
+    learnt are not its pixels but its frequencies, weighted as in photographs, in colours that photographs mix.
 
     Args:
         model: Maps images to scores (N, K).
         targets: N classes, of each of which a picture is made.
         size: (C, H, W).
         steps: So many.
-        rate: Adam's, in pixel values of [0, 1].
-        penalty: Of pixels that are far from grey.
-        jitter: Largest shift in pixels; what leaves on one side comes in on the other.
-        blur_every: Steps from one blur to the next.
-        blur: Standard deviation of the blur in pixels; 0 is none.
-        seed: Of noise and shifts.
+        rate: Adam's, of frequencies whose share of the picture falls as f^-1.2.
+        penalty: Of pixels that are far from grey. The assignment's, of standardised ones, is about a twentieth for the
+            same.
+        smoothness: Of the total variation.
+        jitter: Largest shift in pixels.
+        rotation: Largest turn in degrees.
+        zoom: Smallest and largest scale.
+        seed: Of the first noise, shifts, turns and scales.
         progress: Is told the steps that are done, and all.
 
     Raises:
         ValueError: There is no such class.
     """
-    from torchvision.transforms.v2.functional import gaussian_blur
-
     generator = torch.Generator().manual_seed(seed)
-    start = _noise((len(targets), *size), generator, _device(model), spread=0.1)
+    start = _first_spectrum((len(targets), *size), generator, _device(model))
 
-    def loss(images: Tensor) -> Tensor:
-        scores = model(_shifted(images, jitter, generator))
+    def loss(spectrum: Tensor) -> Tensor:
+        images = _painted(spectrum, size)
+        scores = model(_moved(images, jitter, rotation, zoom, generator))
         chosen = chosen_classes(scores, list(targets))
-        return penalty * (images - 0.5).square().sum() - scores.gather(1, chosen[:, None]).sum()
-
-    def after(step: int, images: Tensor) -> Tensor:
-        soft = blur > 0 and (step + 1) % blur_every == 0
-        return gaussian_blur(images, [5, 5], [blur, blur]) if soft else images
+        prior = penalty * (images - 0.5).square().sum() + smoothness * total_variation(images).sum()
+        return prior - scores.gather(1, chosen[:, None]).sum()
 
     with leaving_untouched(model):
-        images, losses = _descend(start, loss, steps, rate, after, progress)
-    return Synthesis(images, [-value for value in losses])
+        spectrum, losses = _descend(start, loss, steps, rate, progress, bounded=False)
+    return Synthesis(_painted(spectrum, size), [-value for value in losses])
 
 
 def feature_inversion(
@@ -162,7 +170,7 @@ def feature_inversion(
             return terms.sum()
 
         start = _noise(tuple(images.shape), generator, images.device)
-        return Synthesis(*_descend(start, loss, steps, rate, None, progress))
+        return Synthesis(*_descend(start, loss, steps, rate, progress))
 
 
 def deep_dream(
@@ -228,14 +236,17 @@ def texture(
     weights: Sequence[float] | None = None,
     size: tuple[int, int] | None = None,
     steps: int = 200,
-    rate: float = 0.05,
+    rate: float = 0.03,
     smoothness: float = 0.0,
+    jitter: int = 8,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Synthesis:
     """From noise, a picture with the same texture: its layers have the same Gram matrices.
 
     Gatys et al., 2015, https://arxiv.org/abs/1505.07376. Each layer's loss is divided by its wanted matrix' square.
+    Frequencies are learnt, as by :func:`class_visualization`, of a picture that goes on beyond its border: it can be
+    laid side by side. Without shifts the grid of the network's strides would show.
 
     Args:
         model: The network.
@@ -244,24 +255,28 @@ def texture(
         weights: One for each layer; None is 1 each.
         size: (H, W) of what is made; None is that of the pictures.
         steps: So many.
-        rate: Adam's, in pixel values of [0, 1].
+        rate: Adam's, of frequencies.
         smoothness: Of the total variation.
-        seed: Of the noise.
+        jitter: Largest shift in pixels.
+        seed: Of the noise and the shifts.
         progress: Is told the steps that are done, and all.
 
     Raises:
         ValueError: There is no such layer, or there are not as many weights.
     """
     generator = torch.Generator().manual_seed(seed)
-    start = _noise((*images.shape[:2], *(size or images.shape[2:])), generator, images.device)
+    shape = (images.shape[1], *(size or images.shape[2:]))
+    start = _first_spectrum((len(images), *shape), generator, images.device)
     with leaving_untouched(model):
         style = _style(model, images, layers, weights or [1.0] * len(layers), relative=True)
 
-        def loss(candidates: Tensor) -> Tensor:
+        def loss(spectrum: Tensor) -> Tensor:
+            candidates = _shifted(_painted(spectrum, shape), jitter, generator)
             found = layer_outputs(model, candidates, layers)
             return (style(found) + smoothness * total_variation(candidates)).sum()
 
-        return Synthesis(*_descend(start, loss, steps, rate, None, progress))
+        spectrum, losses = _descend(start, loss, steps, rate, progress, bounded=False)
+    return Synthesis(_painted(spectrum, shape), losses)
 
 
 def style_transfer(
@@ -313,7 +328,7 @@ def style_transfer(
             terms = scale * content_loss(found[content_layer], wanted) + by_style(found)
             return (terms + smoothness * total_variation(candidates)).sum()
 
-        return Synthesis(*_descend(content, loss, steps, rate, None, progress))
+        return Synthesis(*_descend(content, loss, steps, rate, progress))
 
 
 def _style(
@@ -337,10 +352,10 @@ def _descend(
     loss: Callable[[Tensor], Tensor],
     steps: int,
     rate: float,
-    after: Callable[[int, Tensor], Tensor] | None,
     progress: Progress | None,
+    bounded: bool = True,
 ) -> tuple[Tensor, list[float]]:
-    """Adam on pixels that stay in [0, 1], slower in the last tenth; the loss of each step before it is taken."""
+    """Adam, slower in the last tenth, on pixels that stay in [0, 1] if ``bounded``; the loss before each step."""
     images = start.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([images], lr=rate)
     losses: list[float] = []
@@ -352,20 +367,52 @@ def _descend(
         value.backward()
         optimizer.step()
         losses.append(float(value.detach()))
-        with torch.no_grad():
-            images.copy_((after(step, images) if after else images).clamp(0, 1))
+        if bounded:
+            images.data.clamp_(0, 1)
         if progress is not None:
             progress(step + 1, steps)
     return images.detach(), losses
 
 
-def _noise(
-    shape: tuple[int, ...], generator: torch.Generator, device: torch.device, spread: float | None = None
+def _painted(spectrum: Tensor, size: Sequence[int]) -> Tensor:
+    """Frequencies (N, C, H, W // 2 + 1, 2) as pictures (N, C, H, W) in [0, 1].
+
+    Of photographs the amplitude falls about as 1 / f; with weights to match, Adam moves what is coarse and what is
+    fine alike, where on pixels it would begin with what is finest.
+    """
+    _, height, width = size
+    down = torch.fft.fftfreq(height, device=spectrum.device)[:, None]
+    across = torch.fft.rfftfreq(width, device=spectrum.device)[None]
+    frequency = (down.square() + across.square()).sqrt().clamp_min(1 / max(height, width))
+    weighted = torch.view_as_complex(spectrum.contiguous()) * (height * width) ** 0.5 / frequency**FALL
+    values = torch.fft.irfft2(weighted, s=(height, width)) / 4
+    if size[0] == 3:
+        values = torch.einsum("nchw,dc->ndhw", values, torch.tensor(COLOURS, device=values.device))
+    return values.sigmoid()
+
+
+def _moved(
+    images: Tensor, jitter: int, rotation: float, zoom: tuple[float, float], generator: torch.Generator
 ) -> Tensor:
-    """Uniform in [0, 1], or normal around grey with a spread."""
-    if spread is None:
-        return torch.rand(shape, generator=generator).to(device)
-    return (0.5 + spread * torch.randn(shape, generator=generator)).clamp(0, 1).to(device)
+    """All turned, scaled and shifted alike, at random; what comes in from outside is their mirror image."""
+    angle, scale, down, across = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    turn = math.radians(rotation * (2 * angle - 1))
+    size = zoom[0] * (zoom[1] / zoom[0]) ** scale
+    cosine, sine = math.cos(turn) / size, math.sin(turn) / size
+    height, width = images.shape[2:]
+    shift = [2 * jitter * (2 * across - 1) / width, 2 * jitter * (2 * down - 1) / height]
+    matrix = [[cosine, -sine * height / width, shift[0]], [sine * width / height, cosine, shift[1]]]
+    grid = F.affine_grid(images.new_tensor(matrix).expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+    return torch.rand(shape, generator=generator).to(device)
+
+
+def _first_spectrum(shape: Sequence[int], generator: torch.Generator, device: torch.device) -> Tensor:
+    """Of almost grey pictures (N, C, H, W): (N, C, H, W // 2 + 1, 2)."""
+    return SPREAD * torch.randn(*shape[:3], shape[3] // 2 + 1, 2, generator=generator).to(device)
 
 
 def _shifted(images: Tensor, jitter: int, generator: torch.Generator) -> Tensor:

@@ -267,9 +267,9 @@ def _adversarial(question: Question) -> Answer:
 def _class(question: Question) -> Answer:
     classes = list(dict.fromkeys(question.seen()))
     size = question.images.shape[1:]
-    steps = question.steps or 200
+    steps = question.steps or 120
     found = class_visualization(question.model, classes, size, steps, seed=question.seed, progress=question.progress)
-    note = f"{steps} steps from noise; score less penalty {found.losses[0]:.1f} → {found.losses[-1]:.1f}"
+    note = f"{steps} steps from noise; scores less total variation {found.losses[0]:.1f} → {found.losses[-1]:.1f}"
     names = [_name(question, k) for k in classes]
     return Answer(Sheet("class visualisation", note, list(found.images), names, len(names)), found.images)
 
