@@ -39,7 +39,7 @@ class LastState(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (N, T, F) to logits (N, num_classes)."""
-        states = self.cell(features, features.new_zeros(len(features), self.cell.recurrence.hidden_size))
+        states = self.cell(features, features.new_zeros(features.shape[0], self.cell.recurrence.hidden_size))
         return cast(Tensor, self.scores(states[:, -1]))
 
 
