@@ -28,6 +28,8 @@ usage: zoo COMMAND …
                         [--resume]           also a list of recipes such as lecture, which --resume goes on with
   zoo check RECIPE [--steps 50]              before training: initial loss, gradients, a batch learnt by heart, step
                                              sizes, data; status 1 if one is wrong
+  zoo check-data RECIPE [overrides]          the recipe's files before any training: unreadable ones, boxes, splits that
+                                             share pictures, classes without any; status 1 if one is wrong
   zoo find_lr RECIPE [--min_lr 1e-6]         learning-rate range test: a suggestion, and a picture (--out find_lr.png)
               [--max_lr 1] [--steps 100]
   zoo search RECIPE --over KEY=LOW..HIGH[:log] --over KEY=A,B,… [--method random|grid|tpe] [--trials 20]
@@ -300,6 +302,15 @@ def _check(arguments: list[str]) -> int:
     return 1 if any(each.state == "failed" for each in checks) else 0
 
 
+def _check_data(arguments: list[str]) -> int:
+    parser = _Parser("check-data", "Look for what is wrong with a recipe's data. Overrides of the recipe may follow.")
+    parser.add_argument("recipe", metavar="RECIPE")
+    chosen, overrides = parser.split(arguments[1:])
+    from zoo.running.checking_data import check_data
+
+    return check_data(chosen.recipe, overrides)
+
+
 def _find_lr(arguments: list[str]) -> int:
     parser = _Parser("find_lr", "Learning-rate range test. Overrides of the recipe may follow.")
     parser.add_argument("recipe", metavar="RECIPE")
@@ -389,18 +400,25 @@ def _export(arguments: list[str]) -> int:
 def _explain(arguments: list[str]) -> int:
     methods = (
         "filters, activations, patches, neighbours, pca, tsne, saliency, guided, grad_cam, occlusion, segmentation, "
-        "adversarial, class, inversion, dream, texture, style"
+        "adversarial, class, inversion, dream, texture, style, attention"
     )
-    parser = _Parser("explain", f"Look into a classifier of pictures. The methods: {methods}.")
+    others = "filters, activations, saliency, guided, grad_cam, occlusion"
+    parser = _Parser(
+        "explain",
+        f"Look into a classifier of pictures. The methods: {methods}. Of a detector's objects and a captioner's words "
+        f"{others}, and attention; of clips saliency, guided, grad_cam; of a policy's scores saliency.",
+    )
     parser.add_argument(
         "model", metavar="MODEL", help=".ckpt, .safetensors, or an architecture as in `zoo list`: its published weights"
     )
     parser.add_argument(
         "words", nargs="+", metavar="[METHOD] PICTURE|FOLDER",
-        help="without a method one page of all that apply; for style the last picture is the manner",
+        help="without a method one page of all that apply; for style the last picture is the manner; for clips videos, "
+        "for policies observations (.npy, of frames pictures too)",
     )  # fmt: skip
     parser.add_argument("--layer", help="as in `zoo show`; by default one that suits the method")
-    parser.add_argument("--target", metavar="CLASS", help="name or number; by default what the model sees")
+    parser.add_argument("--target", metavar="CLASS", help="name or number; by default what the model sees; of "
+                        "objects and words also their place, from 1")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("explanations"), help="folder; by default explanations")
     parser.add_argument("--steps", type=_positive, help="of what is optimised; by default what suits the method")
     parser.add_argument("--seed", type=int, default=0, help="of what is random")
@@ -419,6 +437,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "show": _show,
     "reproduce": _reproduce,
     "check": _check,
+    "check-data": _check_data,
     "find_lr": _find_lr,
     "search": _search,
     "probe": _probe,
