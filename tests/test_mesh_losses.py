@@ -339,3 +339,19 @@ def test_the_loss_moves_vertices_to_the_points():
         optimizer.step()
         losses.append(chamfer_distance(vertices.detach(), points).item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("meshes", [1, 2, 3])
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1), (1, 2, 0)])
+def test_nearest_points_are_those_of_all_distances_however_the_numbers_lie_in_memory(meshes, order):
+    generator = torch.Generator().manual_seed(0)
+    back = [order.index(k) for k in range(3)]
+    vertices, points = (
+        torch.randn(meshes, count, 3, generator=generator).permute(order).contiguous().permute(back)
+        for count in (156, 90)
+    )
+    squares = (vertices[:, :, None] - points[:, None]).square().sum(-1)
+    to_points, to_vertices, places = distances(vertices, points)
+    torch.testing.assert_close(to_points, squares.min(2).values, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(to_vertices, squares.min(1).values, rtol=1e-5, atol=1e-6)
+    assert torch.equal(places, squares.argmin(2))

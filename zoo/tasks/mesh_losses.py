@@ -56,8 +56,9 @@ def _check(points: Tensor, others: Tensor) -> None:
 
 
 def _by_trees(vertices: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    # A tree refuses what is not finite; a loss that is NaN is for the run to tell, which knows the batch.
-    sides = [each.double().nan_to_num(0, 0, 0).numpy() for each in (vertices, points)]
+    # A tree refuses what is not finite; a loss that is NaN is for the run to tell, which knows the batch. Of numbers
+    # that do not lie one behind the other pynanoflann takes others than are meant, and says nothing.
+    sides = [each.double().nan_to_num(0, 0, 0).contiguous().numpy() for each in (vertices, points)]
     search: Callable[[np.ndarray, np.ndarray, int], list[np.ndarray]]
     try:
         from pynanoflann import KDTree
