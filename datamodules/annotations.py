@@ -31,6 +31,7 @@ class Findings:
         self.skip = skip
         self.counts: dict[str, int] = {}
         self.examples: dict[str, list[str]] = {}
+        self._refused: set[str] = set()
 
     def refuse(self, reason: str, message: str) -> None:
         """An entry that makes no sense.
@@ -40,6 +41,7 @@ class Findings:
         """
         if not self.skip:
             raise ValueError(message + MEND)
+        self._refused.add(reason)
         self.note(reason, message)
 
     def note(self, reason: str, example: str) -> None:
@@ -54,10 +56,17 @@ class Findings:
 
     def lines(self) -> list[str]:
         """A line for each reason, with the first few cases."""
-        return [
-            f"{number:,} {reason}" + (f": {'; '.join(self.examples[reason][:3])}" if reason in self.examples else "")
-            for reason, number in self.counts.items()
-        ]
+        return [self._line(reason, 3) for reason in self.counts]
+
+    def wrong(self, split: str) -> list[str]:
+        """The lines of what would have been refused, and of boxes that are not as they should be."""
+        wrong = [reason for reason in self.counts if reason in self._refused or reason.startswith("boxes ")]
+        return [f"split {split}: {self._line(reason, 10)}" for reason in wrong]
+
+    def _line(self, reason: str, cases: int) -> str:
+        told = self.examples.get(reason, [])
+        more = f" and {len(told) - cases:,} more" if cases > 3 and len(told) > cases else ""
+        return f"{self.counts[reason]:,} {reason}" + (f": {'; '.join(told[:cases])}{more}" if told else "")
 
 
 class FoundObject(NamedTuple):

@@ -303,6 +303,18 @@ class COCOCaptionsDataModule(LightningDataModule):
         sets |= {} if self.test_set is self.val_set else {"test": self.test_set}
         return {split: pictures for split, pictures in sets.items() if pictures is not None}
 
+    def check_samples(self, files: bool = True) -> list[str]:
+        """What is wrong: with ``files`` after reading every file, else as far as what :meth:`setup` read tells."""
+        from datamodules.checking import check  # it knows all data modules
+
+        return check(self, self._everything, files)
+
+    def _everything(self) -> tuple[dict[str, Any], list[str]]:
+        """All pictures, and what was wrong with their captions."""
+        splits: list[Split] = ["train", *(["val"] if self.val_size else []), *(["test"] if self._has_test() else [])]
+        parts = {split: self._listed(split) for split in splits}
+        return parts, [line for split, findings in self._findings.items() for line in findings.wrong(split)]
+
     def _report_of(self, split: Split) -> str:
         lines = [f"{split}: {self._ready()[split].summary(self.max_length)}", *self._findings[split].lines()]
         if split == "train":

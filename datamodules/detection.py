@@ -152,6 +152,18 @@ class DetectionDataModule(LightningDataModule):
         """How many pictures and objects each split has that was read so far, and what was left out and why."""
         return "\n".join(self._report_of(split) for split in self._found())
 
+    def check_samples(self, files: bool = True) -> list[str]:
+        """What is wrong: with ``files`` after reading every file, else as far as what :meth:`setup` read tells."""
+        from datamodules.checking import check  # it knows all data modules
+
+        return check(self, self._everything, files)
+
+    def _everything(self) -> tuple[dict[str, Any], list[str]]:
+        """All pictures, and what was wrong with their annotations."""
+        splits: list[Split] = ["train", *(["val"] if self.val_size else []), *(["test"] if self._has_test else [])]
+        parts = {split: self._listed(split) for split in splits}
+        return parts, [line for split, findings in self._findings.items() for line in findings.wrong(split)]
+
     def _report_of(self, split: str) -> str:
         summary = self._found()[split].summary(self.class_names)
         findings = self._findings[split].lines() if split in self._findings else []

@@ -131,6 +131,19 @@ class ImageFolderDataModule(LightningDataModule):
         if stage in ("test", "predict") and self.test_set is None:
             self.test_set = self._test_pictures()
 
+    def check_samples(self, files: bool = True) -> list[str]:
+        """What is wrong: with ``files`` after reading every file, else as far as what :meth:`setup` read tells."""
+        from datamodules.checking import check  # it knows all data modules
+
+        return check(self, self._everything, files)
+
+    def _everything(self) -> tuple[dict[str, Any], list[str]]:
+        """All pictures, and what was wrong with the folders."""
+        listed: dict[str, Any] = self._split_pictures()
+        if "test" in self._folders:
+            listed["test"] = list_pictures(self.root, self._folders["test"], self._classes)
+        return {split: part for split, part in listed.items() if split != "test" or self._has_test}, []
+
     def train_dataloader(self) -> PictureLoader:
         """Shuffled training batches; the order follows the run's seed, and is fixed under ``overfit_batches``."""
         pictures = _ready(self.train_set)

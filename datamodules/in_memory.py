@@ -115,6 +115,20 @@ class InMemoryDataModule(LightningDataModule):
             turn[classes == label] = np.arange((classes == label).sum())
         return candidates[torch.from_numpy(np.argsort(turn, kind="stable")[: self.train_size])].sort().values
 
+    def check_samples(self, files: bool = True) -> list[str]:
+        """What is wrong: with ``files`` after reading every file, else as far as what :meth:`setup` read tells."""
+        from datamodules.checking import check  # it knows all data modules
+
+        return check(self, self._everything, files)
+
+    workers = 0  # nothing is read ahead
+
+    def _everything(self) -> tuple[dict[str, Any], list[str]]:
+        """All samples, and what was wrong with what lists them."""
+        self.setup("fit")
+        self.setup("test")
+        return {"train": self.train_set, "val": self.val_set, "test": self.test_set}, []
+
     def train_dataloader(self) -> TensorLoader:
         """Shuffled training batches; the order follows the run's seed, and is fixed under ``overfit_batches``."""
         tensors = self._on_device(self.train_set)

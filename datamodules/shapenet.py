@@ -296,6 +296,19 @@ class ShapeNetDataModule(LightningDataModule):
         sets |= {} if self.test_set is self.val_set else {"test": self.test_set}
         return {split: seen for split, seen in sets.items() if seen is not None}
 
+    def check_samples(self, files: bool = True) -> list[str]:
+        """What is wrong: with ``files`` after reading every file, else as far as what :meth:`setup` read tells."""
+        from datamodules.checking import check  # it knows all data modules
+
+        return check(self, self._everything, files)
+
+    def _everything(self) -> tuple[dict[str, Any], list[str]]:
+        """All views, and what was wrong with folders and lists."""
+        splits: tuple[Split, ...] = ("train", "val", "test")
+        mesh_library()
+        parts = {split: self._listed(split) for split in splits if self._has(split) or split == "train"}
+        return parts, self._found.wrong("train, val and test")
+
     def _report_of(self, split: Split) -> str:
         seen = self._ready()[split]
         inside = f"{seen.inside:.1%} of the points lie in what the pictures show"
@@ -545,12 +558,22 @@ class SeenReader(Dataset):
             ValueError: It cannot be read as a square picture; the message names its file.
             OSError: The file cannot be read.
         """
-        path = self.views.picture(index)
-        pixels = _pixels(path)
-        if pixels.shape[0] != pixels.shape[1]:
-            raise ValueError(f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels: expected a square picture")
+        pixels = rendering(self.views.picture(index))
         pixels[pixels[..., 3] == 0] = 255
         return resize(pixels[..., :3], self.size, self.size)
+
+
+def rendering(path: Path) -> np.ndarray:
+    """The pixels of a picture, uint8 (S, S, 4).
+
+    Raises:
+        ValueError: It cannot be read as a square picture; the message names its file.
+        OSError: The file is not there.
+    """
+    pixels = _pixels(path)
+    if pixels.shape[0] != pixels.shape[1]:
+        raise ValueError(f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels: expected a square picture")
+    return pixels
 
 
 def _pixels(path: Path) -> np.ndarray:

@@ -178,6 +178,18 @@ class VideoFolderDataModule(LightningDataModule):
         if stage in ("test", "predict") and self.test_set is None:
             self.test_set = self._prepare("test")
 
+    def check_samples(self, files: bool = True) -> list[str]:
+        """What is wrong: with ``files`` after reading every file, else as far as what :meth:`setup` read tells."""
+        from datamodules.checking import check  # it knows all data modules
+
+        return check(self, self._everything, files)
+
+    def _everything(self) -> tuple[dict[str, Any], list[str]]:
+        """All videos, and the lines of csv files that have none."""
+        missing = videos_of(self.root, self._rows, self.class_names)[1] if self._rows else []
+        found = [f"{len(missing)} videos of the csv files are not there: {some(missing)}"] if missing else []
+        return dict(self._split_videos()), found
+
     def train_dataloader(self) -> "VideoLoader":
         """Shuffled training batches; the order follows the run's seed, and is fixed under ``overfit_batches``."""
         videos = _ready(self.train_set)

@@ -58,7 +58,7 @@ def prepare(
     path = recipes.find(recipe)
     recipes.read(path)  # its own error for broken YAML
     name = name_of(recipe)
-    overrides = _overlays(overrides)
+    overrides = with_overlays(overrides)
     from zoo.running.command import RecipeCLI
 
     quieten()
@@ -101,8 +101,8 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def _overlays(overrides: list[str]) -> list[str]:
-    """``--config wandb`` means the overlay of that name, unless there is such a file."""
+def with_overlays(overrides: list[str]) -> list[str]:
+    """Overrides in which ``--config wandb`` means the overlay of that name, unless there is such a file."""
     resolved = _apart("--config", ["--config" if override == "-c" else override for override in overrides])
     for place, argument in enumerate(resolved[:-1]):
         if argument == "--config":
