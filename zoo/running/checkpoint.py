@@ -10,6 +10,7 @@ import signal as signals
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from signal import Signals, default_int_handler, getsignal, signal
@@ -136,6 +137,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
+        _refuse_packed(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL|[Uu]nsupported (?:global|class))[^.]*?([\w.]+\.\w+)", str(error))
@@ -150,6 +152,19 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a checkpoint or a state dict")
     return content
+
+
+def _refuse_packed(path: str | os.PathLike) -> None:
+    """Torch stores the parts of a checkpoint as they are; one that is packed could take any memory when it is read.
+
+    Raises:
+        pickle.UnpicklingError: The parts are larger than the file.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as parts:
+            size = sum(part.file_size for part in parts.infolist())
+        if size > os.path.getsize(path):
+            raise pickle.UnpicklingError(f"its parts have {size:,} bytes")
 
 
 def checkpoint_callbacks(monitor: str | None, mode: str, minutes: float = 10.0) -> list[Callback]:

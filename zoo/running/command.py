@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from zoo import recipes
 from zoo.recipes import RecipeError, refusing
+from zoo.running.checking_data import LookAtSamples
 from zoo.running.checkpoint import KeepLast, SafeCheckpointIO, checkpoint_callbacks, read_checkpoint
 from zoo.running.ending import EndTogether
 from zoo.running.nonfinite import StopOnNonFiniteLoss
@@ -269,7 +270,7 @@ class RecipeCLI(LightningCLI):
             allowed: list[Other] = [cast(Other, other)] if isinstance(other, str) else other
             callbacks = [ExactResume(allowed), *callbacks, Provenance(self.recipe), WritePredictions()]
         if self.trial is None:
-            callbacks = [EndTogether(), *callbacks, EffectiveBatch(), EpochLines()]
+            callbacks = [EndTogether(), *callbacks, EffectiveBatch(), LookAtSamples(), EpochLines()]
         if kind := self._get(self.config_init, "test_time_augmentation"):
             callbacks.append(TestTimeAugmentation(kind))
         if config.get("enable_checkpointing") is not False:
