@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 import zoo
-from zoo import LeNet
+from zoo import DQN, CaptioningLSTM, FrameFusion, LeNet, SingleStageDetector
 from zoo.cli import main
+from zoo.running.explained_scores import ask_captioner, ask_detector, ask_policy, read_observations
+from zoo.running.picture_files import read_whole_picture
 
 NAMES = ["cat", "dog", "[bold]", "$x$", "e", "f", "g", "h", "i", "j"]
 
@@ -32,11 +34,14 @@ def pictures():
 
 
 def test_the_help_names_every_method(capsys):
+    from zoo.running import explained_scores
     from zoo.running.explained_files import METHODS
 
     assert main(["explain", "--help"]) == 0
     said = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert f"The methods: {', '.join(METHODS)}." in said
+    for kind in (explained_scores.OF_DETECTORS, explained_scores.OF_CLIPS):
+        assert ", ".join(kind) in said
 
 
 @pytest.mark.parametrize("method", ["filters", "activations", "patches", "neighbours", "pca"])
@@ -79,6 +84,102 @@ def test_without_a_method_a_page_has_all_that_apply(weights, pictures, capsys):
     assert page.count("data:image/png;base64,") == len(headings) - 1
     assert "style transfer needs two pictures" in page
     assert "tsne is left out" in said
+
+
+@pytest.fixture
+def captioner(pictures):
+    torch.manual_seed(0)
+    words = ["<NULL>", "<START>", "<END>", "<UNK>", "a", "dog", "cat"]
+    model = CaptioningLSTM(words, network="small", image_size=32, wordvec_dim=8, hidden_dim=16, max_length=3)
+    model.head.scores.bias.data[[4, 5]] = torch.tensor([20.0, 19.0])  # it says a and dog
+    zoo.save(model, "caption.safetensors")
+    return model
+
+
+def asked(model, target, ask, files):
+    return ask(model, files, None, target, None, 0, lambda done, total: None)
+
+
+def test_words_of_a_caption_are_looked_into(captioner, capsys):
+    pytest.importorskip("captum")
+    for method in ("saliency", "attention"):
+        assert main(["explain", "caption.safetensors", method, "mine/0.png", "--out", "out"]) == 0
+        assert Image.open(f"out/{method}.png").size[0] > 500
+    found = asked(captioner.eval(), None, ask_captioner, [Path("mine/0.png")])
+    assert [score.name for score in found.scores[0]] == found.said[0].split()
+    second = asked(captioner, "2", ask_captioner, [Path("mine/0.png")]).scores[0]
+    assert [score.model.beginning for score in second] == [found.scores[0][1].model.beginning]
+    capsys.readouterr()
+    assert main(["explain", "caption.safetensors", "saliency", "mine/0.png", "--target", "horse"]) == 2
+    assert "finds no word 'horse' in 0.png: there " in capsys.readouterr().err
+
+
+def test_objects_are_looked_into(pictures, capsys):
+    pytest.importorskip("captum")
+    torch.manual_seed(0)
+    model = SingleStageDetector(2, class_names=["cat", "dog"], image_size=64, score_threshold=0.0).eval()
+    found = model.detect([read_whole_picture(Path("mine/0.png"))])[0]
+    best, other = found["labels"].tolist()[0], found["labels"].tolist()[2]
+    named = model.class_names[other - 1], found["labels"].tolist().index(other)
+    for target, rank in ((None, 0), (model.class_names[best - 1], 0), ("3", 2), named):
+        scores = asked(model, target, ask_detector, [Path("mine/0.png")]).scores[0]
+        assert torch.equal(scores[0].box, found["boxes"][rank : rank + 1])
+        torch.testing.assert_close(scores[0].model(scores[0].given)[0, 0], found["scores"][rank])
+    with pytest.raises(ValueError, match="did you mean cat"):
+        asked(model, "ct", ask_detector, [Path("mine/0.png")])
+    with pytest.raises(ValueError, match=r"no object 5000 in 0\.png nor in 1 more"):
+        asked(model, "5000", ask_detector, [Path("mine/0.png"), Path("mine/1.png")])
+    zoo.save(model, "d.safetensors")
+    for method in ("filters", "grad_cam"):
+        assert main(["explain", "d.safetensors", method, "mine/0.png", "--target", "1", "--out", "out"]) == 0
+        assert Image.open(f"out/{method}.png").size[0] > 400
+    capsys.readouterr()
+    assert main(["explain", "d.safetensors", "dream", "mine/0.png"]) == 2
+    assert "dream is not for detectors: to a zoo.SingleStageDetector apply filters, act" in capsys.readouterr().err
+
+
+def test_observations_are_looked_into(pictures, capsys):
+    pytest.importorskip("captum")
+    torch.manual_seed(0)
+    policy = DQN([4], 3, hidden=[8]).eval()
+    zoo.save(policy, "p.safetensors")
+    np.save("obs.npy", np.random.default_rng(0).normal(size=(2, 4)))
+    assert main(["explain", "p.safetensors", "obs.npy", "--out", "out"]) == 0
+    assert Path("out/index.html").read_text().count("data:image/png;base64,") == 1
+    scores = asked(policy, "2", ask_policy, [Path("obs.npy")]).scores
+    assert [score.target for (score,) in scores] == [2, 2]
+    assert main(["explain", "p.safetensors", "saliency", "obs.npy", "--target", "3"]) == 2
+    assert "no action '3': the policy has 0…2" in capsys.readouterr().err
+    np.save("obs.npy", np.zeros((2, 5)))
+    assert main(["explain", "p.safetensors", "saliency", "obs.npy"]) == 2
+    assert "obs.npy cannot be read: an array of (2, 5), expected (4,)" in capsys.readouterr().err
+
+
+def test_frames_are_the_last_of_an_animation_in_grey(pictures):
+    frames = [Image.new("RGB", (8, 6), (level, level, level)) for level in (0, 100, 200)]
+    frames[0].save("film.gif", save_all=True, append_images=frames[1:])
+    assert read_observations(Path("film.gif"), [2, 4, 4])[0, :, 0, 0].mul(255).round().tolist() == [100, 200]
+    assert read_observations(Path("film.gif"), [4, 4, 4])[0, :, 0, 0].mul(255).round().tolist() == [0, 0, 100, 200]
+    assert read_observations(Path("mine/0.png"), [2, 4, 5]).shape == (1, 2, 4, 5)
+    np.save("frames.npy", np.full((3, 2, 4, 4), 51, dtype=np.uint8))
+    assert read_observations(Path("frames.npy"), [2, 4, 4]).unique().tolist() == pytest.approx([0.2])
+
+
+def test_each_frame_of_a_clip_is_looked_into(capsys):
+    av = pytest.importorskip("av")
+    pytest.importorskip("captum")
+    torch.manual_seed(0)
+    zoo.save(FrameFusion(num_classes=2, class_names=["left", "right"], frames=4, image_size=32), "v.safetensors")
+    with av.open("film.mp4", "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 64
+        for values in np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(values, format="rgb24")))
+        container.mux(stream.encode(None))
+    assert main(["explain", "v.safetensors", "saliency", "film.mp4", "--target", "right", "--out", "out"]) == 0
+    width, height = Image.open("out/saliency.png").size
+    assert width > height > 300, "four frames, and below their maps"
+    assert "share" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

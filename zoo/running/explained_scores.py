@@ -166,9 +166,8 @@ def ask_captioner(
         for image, row in zip(images, tokens.tolist(), strict=True)
     ]
     wanted = "words" if target is None else f"word {target!r}"
-    if target is not None and not target.isdecimal():
-        wanted += suggest(target, " ".join(texts).split())
-    return _inquiry(network, files, asked, layer, progress, texts, wanted)
+    near = "" if target is None or target.isdecimal() else suggest(target, dict.fromkeys(" ".join(texts).split()))
+    return _inquiry(network, files, asked, layer, progress, texts, wanted, near)
 
 
 def _words(network: CaptioningTask, image: Tensor, caption: list[int], target: str | None) -> list[Score]:
@@ -295,6 +294,7 @@ def _inquiry(
     progress: Progress,
     said: list[str],
     wanted: str,
+    near: str = "",
 ) -> Inquiry:
     """Of those files that have what is wanted.
 
@@ -303,8 +303,8 @@ def _inquiry(
     """
     left = [k for k, each in enumerate(scores) if each]
     if not left:
-        many = "" if len(files) == 1 else f" nor in {len(files) - 1} others"
-        raise ValueError(f"the model finds no {wanted}: not in {printable(files[0].name)}{many}")
+        many = "" if len(files) == 1 else f" nor in {len(files) - 1} more"
+        raise ValueError(f"the model finds no {wanted} in {printable(files[0].name)}{many}{near}")
     names = [short_name(files[k]) for k in left]
     return Inquiry(network, names, [scores[k] for k in left], layer, progress, [said[k] for k in left])
 
