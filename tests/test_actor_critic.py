@@ -17,9 +17,10 @@ BATCH = {
 }
 
 
-def test_the_loss_is_that_of_the_formula():
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_loss_is_that_of_the_formula(shared):
     torch.manual_seed(1)
-    model = zoo.ActorCritic(hidden=[8], discount=0.5, value_weight=0.25, entropy_weight=0.1)
+    model = zoo.ActorCritic(hidden=[8], shared=shared, discount=0.5, value_weight=0.25, entropy_weight=0.1)
     with torch.no_grad():
         logits, values = model.network(BATCH["obs"].flatten(0, 1))
         after = model.network(BATCH["next_obs"].flatten(0, 1))[1].view(3, 2).double().numpy()
@@ -48,3 +49,19 @@ def test_the_critic_is_not_pulled_towards_the_future():
     future = BATCH["next_obs"].clone().requires_grad_()
     other.loss(BATCH | {"next_obs": future}).backward()
     assert future.grad is None
+
+
+def test_an_actor_of_its_own_does_not_feel_the_critics_error():
+    gradients = []
+    for weight in (0.0, 100.0):
+        torch.manual_seed(1)
+        model = zoo.ActorCritic(hidden=[8], shared=False, value_weight=weight)
+        model.loss(BATCH).backward()
+        gradients.append(
+            [p.grad.clone() for p in (*model.network.trunk.parameters(), *model.network.actor.parameters())]
+        )
+        assert all((p.grad != 0).any() == bool(weight) for p in model.network.critic_trunk.parameters())
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    obs = torch.randn(5, 4)
+    torch.testing.assert_close(model(obs), model.network(obs)[0])

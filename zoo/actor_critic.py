@@ -1,4 +1,4 @@
-"""Actor-critic: a policy and, from the same features, a critic that says what was to be expected.
+"""Actor-critic: a policy, and a critic that says what was to be expected.
 
 Paper: Mnih et al., 2016, Asynchronous methods for deep reinforcement learning, https://arxiv.org/abs/1602.01783
 (section 4), all environments in step. Lecture: EECS 498-007, lecture 21. The losses are in :mod:`zoo.policy_gradient`.
@@ -28,6 +28,7 @@ class ActorCritic(ControlTask):
         num_actions: A.
         discount: gamma, in [0, 1].
         hidden: Widths of the layers after vectors; of pixels the network is that of the DQN paper of 2015.
+        shared: Actor and critic share the layers that see, as in the paper. Apart, neither's gradient drowns the other's.
         value_weight: Weight of the critic's squared error.
         entropy_weight: How much the entropy of the policy, in nats, is to be raised beside.
         weights: File to start from (``.safetensors``, ``.ckpt``, ``.pth``) or ``hf://owner/name``.
@@ -44,6 +45,7 @@ class ActorCritic(ControlTask):
         num_actions: int = 2,
         discount: float = 0.99,
         hidden: Sequence[int] = (128,),
+        shared: bool = True,
         value_weight: float = 0.5,
         entropy_weight: float = 0.01,
         weights: str | None = None,
@@ -53,7 +55,8 @@ class ActorCritic(ControlTask):
         super().__init__(list(observation_shape), num_actions, discount, optimizer, scheduler)
         self.value_weight = value_weight
         self.entropy_weight = entropy_weight
-        self.network = ActorCriticNetwork(*features_of(observation_shape, hidden), num_actions)
+        critic_trunk = None if shared else features_of(observation_shape, hidden)[0]
+        self.network = ActorCriticNetwork(*features_of(observation_shape, hidden), num_actions, critic_trunk)
         if weights is not None:
             load_weights(self, weights)
 

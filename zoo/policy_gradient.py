@@ -36,33 +36,39 @@ def features_of(observation_shape: Sequence[int], hidden: Sequence[int]) -> tupl
 
 
 class ActorCriticNetwork(nn.Module):
-    """Logits of the actions, and the value of the state, from features that both share.
+    """Logits of the actions, and the value of the state.
 
     Args:
         trunk: From observations (B, …) to features (B, F).
         features: F.
         num_actions: A.
+        critic_trunk: The critic's own features (B, F); None lets it share the actor's.
     """
 
-    def __init__(self, trunk: nn.Module, features: int, num_actions: int) -> None:
+    def __init__(
+        self, trunk: nn.Module, features: int, num_actions: int, critic_trunk: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.trunk = trunk
         self.actor = nn.Linear(features, num_actions)
+        self.critic_trunk = critic_trunk
         self.critic = nn.Linear(features, 1)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Map observations to logits (B, A) and values (B,)."""
-        features = self._features(obs)
-        return self.actor(features), self.critic(features).squeeze(1)
+        obs = _scaled(obs)
+        features = self.trunk(obs)
+        of_critic = features if self.critic_trunk is None else self.critic_trunk(obs)
+        return self.actor(features), self.critic(of_critic).squeeze(1)
 
     def logits(self, obs: Tensor) -> Tensor:
         """Map observations to logits (B, A); the critic is not asked."""
-        logits: Tensor = self.actor(self._features(obs))
+        logits: Tensor = self.actor(self.trunk(_scaled(obs)))
         return logits
 
-    def _features(self, obs: Tensor) -> Tensor:
-        features: Tensor = self.trunk(obs / 255 if obs.dtype == torch.uint8 else obs)
-        return features
+
+def _scaled(obs: Tensor) -> Tensor:
+    return obs / 255 if obs.dtype == torch.uint8 else obs
 
 
 def returns(
