@@ -28,7 +28,7 @@ class ActorCritic(ControlTask):
         num_actions: A.
         discount: gamma, in [0, 1].
         hidden: Widths of the layers after vectors; of pixels the network is that of the DQN paper of 2015.
-        shared: Actor and critic share the layers that see, as in the paper. Apart, neither's gradient drowns the other's.
+        shared: Actor and critic share the layers that see, as in the paper; apart, neither drowns the other's gradient.
         value_weight: Weight of the critic's squared error.
         entropy_weight: How much the entropy of the policy, in nats, is to be raised beside.
         weights: File to start from (``.safetensors``, ``.ckpt``, ``.pth``) or ``hf://owner/name``.
