@@ -66,6 +66,7 @@ class Bars:
     def figure(self) -> "Figure":
         """A row of bars for each of the N, all on one scale."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         figure = Figure(figsize=(max(5.0, 2.5 + 0.35 * self.values.shape[1]), 0.5 + 1.3 * len(self.values)),
                         layout="constrained")  # fmt: skip
@@ -73,7 +74,7 @@ class Bars:
         for place, (row, caption) in enumerate(zip(self.values.tolist(), self.captions, strict=True), 1):
             axes = figure.add_subplot(len(self.values), 1, place, ylim=(0, 1.05 * max(float(self.values.max()), 1e-12)))
             axes.bar(range(len(row)), row, color="tab:orange")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_ylabel(caption.replace("$", r"\$"), fontsize=8, rotation=0, ha="right", va="center")
             axes.tick_params(labelsize=7)
             axes.spines[["top", "right"]].set_visible(False)

@@ -307,7 +307,7 @@ def _style_layers(question: Question) -> list[str]:
 
 
 def _texture(question: Question) -> Answer:
-    layers, steps = _style_layers(question), question.steps or 200
+    layers, steps = _style_layers(question), question.steps or 120
     found = texture(
         question.model, question.images, layers, steps=steps, seed=question.seed, progress=question.progress
     )
