@@ -7,6 +7,7 @@ from lightning import Callback, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
+import datamodules
 import zoo
 from zoo.dqn import (
     bellman_errors,
@@ -319,3 +320,17 @@ def test_two_processes_play_the_same_episodes_as_one():
         found.append({k: float(v) for k, v in trainer.test(model, data, verbose=False)[0].items()})
     assert found[0] == found[1]
     assert found[0]["test/episodes"] == 7
+
+
+def test_experience_of_another_world_is_refused():
+    data = datamodules.GymDataModule("CartPole-v1", num_envs=2, capacity=100)
+    data.setup("fit")
+    state = data.state_dict()
+    same = datamodules.GymDataModule("CartPole-v1", num_envs=2, capacity=100)
+    same.setup("fit")
+    same.load_state_dict(state)
+    for other in ({"environment": "GridWorld"}, {"options": {"sutton_barto_reward": True}}):
+        data = datamodules.GymDataModule(**{"environment": "CartPole-v1", "num_envs": 2, "capacity": 100} | other)
+        data.setup("fit")
+        with pytest.raises(ValueError, match=r"has the experience of CartPole-v1 .*start anew"):
+            data.load_state_dict(state)

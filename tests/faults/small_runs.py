@@ -8,11 +8,13 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 
+from zoo import cli
 from zoo.running.starting import finish, prepare
 
 FILES = tempfile.TemporaryDirectory()  # meshes and videos, written once for all tests of a process
@@ -50,23 +52,32 @@ def build(task: str, *settings: str) -> tuple[LightningModule, LightningDataModu
     """A fresh model and data of a task, as the command line makes them."""
     recipe, *small = TASKS[task]
     nothing = ["trainer.limit_train_batches 0", "trainer.limit_val_batches 0", "trainer.logger false"]
-    cli = finish(prepare("fit", recipe, overrides(*nothing, *small, *settings)))
-    cli.model.trainer = None
-    cli.datamodule.trainer = None
-    return cli.model, cli.datamodule
+    run = finish(prepare("fit", recipe, overrides(*nothing, *small, *settings)))
+    run.model.trainer = None
+    run.datamodule.trainer = None
+    return run.model, run.datamodule
 
 
 def fit(task: str, *settings: str, callbacks: tuple[Callback, ...] = ()) -> None:
-    """``zoo fit``, in this folder, with callbacks of the test's own."""
+    """The command ``zoo fit`` in this folder, with callbacks of the test's own; it ends the process."""
     recipe, *small = TASKS[task]
-    cli = prepare("fit", recipe, overrides(*small, *settings))
-    cli.trainer.callbacks[:0] = callbacks
-    finish(cli)
+
+    def prepare_with_callbacks(*given):
+        run = prepare(*given)
+        run.trainer.callbacks[:0] = callbacks
+        return run
+
+    cli.prepare = prepare_with_callbacks
+    sys.exit(cli.main(["fit", recipe, *overrides(*small, *settings)]))
 
 
 def trainer(**options) -> Trainer:
     seed_everything(0, verbose=False)
     return Trainer(**QUIET, accelerator="cpu", **options)
+
+
+def _print_warning(message, category, *_, **__):
+    print(f"{category.__name__}: {message}", file=sys.stderr)
 
 
 class Child:
@@ -93,6 +104,7 @@ class Child:
                 for handler in logging.getLogger(name).handlers:
                     if isinstance(handler, logging.StreamHandler):
                         handler.setStream(sys.stderr)
+            warnings.showwarning = _print_warning  # else pytest keeps them
             signal.signal(signal.SIGINT, signal.default_int_handler)
             function()
             status = 0

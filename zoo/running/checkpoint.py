@@ -105,7 +105,11 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise OSError(f"{path} could not be written ({error}); what was there before is untouched") from error
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            f"{path} could not be written ({error}; {free:,} bytes are free on its disk); what was there before is "
+            "untouched"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
@@ -347,6 +351,8 @@ class KeepLast(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            for logger in trainer.loggers:
+                logger.save()  # else a kill loses rows of steps that a resumed run does not repeat
             trainer.save_checkpoint(self.path, weights_only=False)  # the whole state, not the weights alone
             self._saved_at = time.monotonic()
 

@@ -11,20 +11,23 @@ from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, cast
 
+import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, Timer, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from zoo import recipes
 from zoo.recipes import RecipeError, refusing
 from zoo.running.checking_data import LookAtSamples
 from zoo.running.checkpoint import KeepLast, SafeCheckpointIO, checkpoint_callbacks, read_checkpoint
 from zoo.running.ending import EndTogether
+from zoo.running.log import Log
 from zoo.running.nonfinite import StopOnNonFiniteLoss
 from zoo.running.optimizing import EffectiveBatch, LinearScaling
 from zoo.running.parser import NO_VALUE, RecipeParser, reason
@@ -261,7 +264,7 @@ class RecipeCLI(LightningCLI):
         loggers = [] if given in (None, True) else given if isinstance(given, list) else [given]
         if any(isinstance(logger, CSVLogger) for logger in loggers):
             return loggers
-        return [CSVLogger("runs", name=self.recipe), *loggers]
+        return [Log("runs", name=self.recipe), *loggers]
 
     def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
         callbacks: list[Callback] = [StopOnNonFiniteLoss(), self.timer]
@@ -338,7 +341,33 @@ def _configured(callback: Callback, given: list[Callback]) -> bool:
 
 
 def newest_checkpoint(recipe: str, name: str) -> Path | None:
-    """``<name>.ckpt`` of the newest run of ``recipe`` that has one."""
-    runs = Path("runs") / recipe
-    found = [(int(p.parts[-3].removeprefix("version_")), p) for p in runs.glob(f"version_*/checkpoints/{name}.ckpt")]
-    return max(found)[1] if found else None
+    """``best.ckpt`` or ``last.ckpt`` of the newest run of ``recipe`` that has one.
+
+    The last is the one with the most steps inside: where the disk was full for ``last.ckpt``, that may be another file
+    of the run. A file that cannot be read, or that holds the weights alone, is none.
+    """
+    pattern = "version_*/checkpoints/*.ckpt" if name == "last" else f"version_*/checkpoints/{name}.ckpt"
+    found = [(int(p.parts[-3].removeprefix("version_")), p) for p in (Path("runs") / recipe).glob(pattern)]
+    if not found:
+        return None
+    files = [path for run, path in found if run == max(found)[0]]
+    if name != "last" or len(files) == 1:
+        return files[0]
+    return max(files, key=lambda path: (_steps_inside(path), path.name == "last.ckpt"))
+
+
+def _steps_inside(path: Path) -> int:
+    """The step that a checkpoint was written at; -1 where training cannot go on from it."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(content["global_step"]) if "loops" in content else -1
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        UnpicklingError,
+    ) as error:  # cut off, or no checkpoint
+        rank_zero_warn(f"{path} cannot be read: {error}")
+        return -1

@@ -1,0 +1,70 @@
+"""An evaluation gives one number on any number of processes, and ends, also where a process has no sample at all."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import TASKS, build, together, trainer
+
+pytestmark = pytest.mark.faults
+
+SIZES = (21, 7, 5, 3, 2, 1)  # falling: some sets are cut where they are
+SECONDS = 60  # of an evaluation: no longer may it hang
+# Sums of tens or hundreds of nats: a last digit of float32 is more than 1e-6 of them.
+RELATIVE = {"captioning": 1e-6, "generation": 1e-6, "adversarial": 1e-6}
+
+
+def shorten(data, samples: int) -> None:
+    """Leave the first samples of the splits that are evaluated."""
+    if hasattr(data, "episodes"):  # there are no samples to share out: each process plays all episodes
+        data.episodes |= {"test": samples, "val": samples}
+        return
+    for name in ("test_set", "val_set"):
+        split = getattr(data, name)
+        if hasattr(split, "views"):  # of meshes: pictures and points are found by the view's place
+            split.views = split.views.take(np.arange(min(samples, len(split.views))))
+        elif hasattr(split, "take"):
+            setattr(data, name, split.take(np.arange(min(samples, len(split)))))
+        else:
+            setattr(data, name, tuple(part[:samples] for part in split))
+
+
+def evaluate(model, data, processes: int, rank: int, folder: Path) -> None:
+    """Test on each size, and validate on some; the first process writes down what all agree on."""
+    for samples in SIZES:
+        shorten(data, samples)
+        signal.alarm(SECONDS)
+        strategy = "ddp" if processes > 1 else "auto"
+        run = trainer(devices=processes, strategy=strategy)
+        numbers = run.test(model, data, verbose=False)[0]
+        if samples in (5, 1):
+            numbers |= trainer(devices=processes, strategy=strategy).validate(model, data, verbose=False)[0]
+        signal.alarm(0)
+        (folder / f"{processes}_{rank}_{samples}.json").write_text(
+            json.dumps({k: float(v) for k, v in numbers.items()})
+        )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_metrics_do_not_depend_on_the_number_of_processes(task, tmp_path):
+    model, data = build(task)
+    data.eval_batch_size = 4
+    data.prepare_data()
+    for stage in ("test", "validate"):
+        data.setup(stage)
+    for processes in (1, 2, 3):
+        children = together(processes, lambda rank, n=processes: evaluate(model, data, n, rank, tmp_path))
+        for child in children:
+            assert child.wait(SECONDS * len(SIZES)) == 0, child.output
+    for samples in SIZES:
+        alone = json.loads((tmp_path / f"1_0_{samples}.json").read_text())
+        assert alone["test/episodes" if task == "control" else "test/samples"] == samples
+        for processes in (2, 3):
+            for rank in range(processes):
+                found = json.loads((tmp_path / f"{processes}_{rank}_{samples}.json").read_text())
+                # Not a number are COCO's numbers without objects of a size, and distances of a single picture.
+                assert found == pytest.approx(alone, rel=RELATIVE.get(task, 0), abs=1e-6, nan_ok=True), (
+                    f"{processes} processes, {samples} samples"
+                )
