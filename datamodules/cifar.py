@@ -284,9 +284,12 @@ def prepare_cifar(root: Path, data_set: str, versions: list[Version], download: 
     source = getattr(datasets, data_set)
     root.mkdir(parents=True, exist_ok=True)
     rank_zero_info(f"downloading {source.filename} to {root}")
-    fetch([source.url.removesuffix(source.filename)], source.filename, source.tgz_md5, root)
+    mirrors = [source.url.removesuffix(source.filename)]
+    fetch(mirrors, source.filename, source.tgz_md5, root, lambda: find_cifar(root, versions) is not None)
+    if not (root / source.filename).is_file():
+        return  # another process was sooner
     _unpack(root / source.filename, python, root / python.folder)
-    (root / source.filename).unlink()
+    (root / source.filename).unlink(missing_ok=True)
 
 
 def _unpack(archive: Path, version: Version, folder: Path) -> None:

@@ -144,7 +144,8 @@ def _compare_size(architecture: type[LightningModule], arguments: dict[str, Any]
         ValueError: They ask for more.
     """
     there = sum(tensor.numel() for tensor in state.values())
-    if isinstance(classes := arguments.get("num_classes"), int) and classes > max(there, 10**5):  # which are to be given names
+    classes = arguments.get("num_classes")
+    if isinstance(classes, int) and classes > max(there, 10**5):  # each is to be given a name
         raise ValueError(f"its arguments ask for {classes:,} classes, and it has {there:,} values")
     with torch.device("meta"):
         asked = sum(tensor.numel() for tensor in architecture(**arguments).state_dict().values())

@@ -528,6 +528,7 @@ class Answer(BaseHTTPRequestHandler):
 def offer(monkeypatch):
     """Make torchvision's address that of a server on this machine, which behaves as told; returns the server."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("datamodules.download.PAUSE", 0.0)
     servers = []
 
     def offer(data_set, behaviour, contents=None):

@@ -457,6 +457,7 @@ class Answer(BaseHTTPRequestHandler):
 @pytest.fixture
 def mirror(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("datamodules.download.PAUSE", 0.0)
     server = Mirror()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
