@@ -13,6 +13,8 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+CELL, GAP, LINE, HEADING = 2.2, 0.1, 0.16, 0.35  # of a sheet, in inches of 100 pixels
+
 
 @dataclass(frozen=True)
 class Sheet:
@@ -36,15 +38,38 @@ class Sheet:
         """The sheet."""
         from matplotlib.figure import Figure
 
-        rows = -(-len(self.images) // self.columns)
-        figure = Figure(figsize=(max(2.3 * self.columns, 5.0), 2.6 * rows + 0.5), layout="constrained")
-        figure.suptitle(self.title, fontsize=11)
-        for place, (image, caption) in enumerate(zip(self.images, self.captions, strict=True), 1):
-            axes = figure.add_subplot(rows, self.columns, place)
-            axes.axis("off")
-            axes.set_title(caption.replace("$", r"\$"), fontsize=8)  # no formula
-            axes.imshow(rgb(image).permute(1, 2, 0).numpy(), interpolation="nearest" if image.shape[-1] < 32 else None)
+        # One pair of axes in inches: one for each picture takes seconds to lay out and to draw.
+        starts = range(0, len(self.images), self.columns)
+        heights = [CELL * max(_tallness(image) for image in self.images[k : k + self.columns]) for k in starts]
+        above = [LINE * max(_lines(text) for text in self.captions[k : k + self.columns]) + GAP for k in starts]
+        left = max(0.0, (5.0 - (CELL + GAP) * self.columns - GAP) / 2) + GAP
+        width = 2 * left + (CELL + GAP) * self.columns - GAP
+        height = HEADING + sum(heights) + sum(above) + GAP
+        figure = Figure(figsize=(width, height))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.text(width / 2, HEADING / 2, self.title, fontsize=11, ha="center", va="center")
+        for place, (image, caption) in enumerate(zip(self.images, self.captions, strict=True)):
+            row, column = divmod(place, self.columns)
+            top = HEADING + sum(heights[:row]) + sum(above[: row + 1])
+            wide = min(CELL, CELL * 2 * image.shape[-1] / image.shape[-2])
+            start = left + (CELL + GAP) * column + (CELL - wide) / 2
+            extent = (start, start + wide, top + CELL * _tallness(image), top)
+            shown = rgb(image).permute(1, 2, 0).numpy()
+            axes.imshow(shown, extent=extent, interpolation="nearest" if image.shape[-1] < 32 else None)
+            text = caption.replace("$", r"\$")  # no formula
+            axes.text(start + wide / 2, top - 0.04, text, fontsize=8, ha="center", va="bottom")
+        axes.set(xlim=(0, width), ylim=(height, 0))
+        axes.axis("off")
         return figure
+
+
+def _tallness(image: Tensor) -> float:
+    """Height of a picture over its width, two at most."""
+    return min(2.0, image.shape[-2] / image.shape[-1])
+
+
+def _lines(text: str) -> int:
+    return text.count("\n") + 1 if text else 0
 
 
 @dataclass(frozen=True)
