@@ -79,6 +79,7 @@ YAML_FILES = {
     "init_args_key": RECIPE.replace("zoo.LeNet\n  init_args", "zoo.LeNet\n  init_arg"),
     "model_key": RECIPE.replace("    optimizer:", "    labelsmoothing: 0.1\n    optimizer:"),
     "linked_key": RECIPE.replace("    optimizer:", "    num_classes: 3\n    optimizer:"),
+    "folder": RECIPE.replace("DigitsDataModule", "ImageFolderDataModule").replace("batch_size: 64", "root: nowhere"),
     "rate_key": RECIPE.replace("lr:", "learning_rate:"),
     "rate_value": RECIPE.replace("1.0e-3", "fast"),
     "model_is_number": without("model") + "model: 3\n",
@@ -113,8 +114,9 @@ def _files(tmp_path, _own_folder):
     Path("junk.safetensors").write_bytes(b"junk")
 
 
-def every_file() -> dict[Path, bytes]:
-    return {path: path.read_bytes() if path.is_file() else b"" for path in Path().rglob("*")}
+def every_file() -> dict[Path, tuple[int, bytes]]:
+    """When each file was written last, and what is in it."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in Path().rglob("*")}
 
 
 def fit(*overrides: str) -> list[tuple[str, list[str]]]:
@@ -174,6 +176,32 @@ COMMANDS = [
     ("test good.yaml", ["learnt nothing", "--ckpt_path best", "--model.init_args.weights"]),
     ("test good.yaml --ckpt_path best", ["no run with a best.ckpt", "zoo fit good"]),
     ("predict good.yaml --ckpt last", ["--ckpt ", "did you mean ckpt_path?"]),
+    ("check-data", ["zoo check-data", "RECIPE"]),
+    ("check-dat good.yaml", ["no command 'check-dat'", "did you mean check-data"]),
+    ("check-data lenet/mnst", ["no recipe or file 'lenet/mnst'", "did you mean lenet/mnist"]),
+    ("check-data broken.yaml", ["broken.yaml, line 3", "no YAML"]),
+    ("check-data good.yaml --data.init_args.batchsize 3", ["batchsize is no key", "did you mean batch_size"]),
+    ("check-data good.yaml --ckpt_path best", ["leave --ckpt_path out"]),
+    ("check-data folder.yaml", ["there is no folder", "nowhere", "expected <root>/<class>"]),
+    ("explain", ["zoo explain", "MODEL"]),
+    ("explain text.ckpt", ["zoo explain", "PICTURE"]),
+    ("explain text.ckpt binary.yaml", ["text.ckpt is refused"]),
+    ("explain lenett saliency binary.yaml", ["no architecture or checkpoint 'lenett'", "did you mean lenet"]),
+    ("explain resnet salency binary.yaml", ["no method and no picture 'salency'", "did you mean saliency?"]),
+    ("explain text.ckpt saliency binary.yaml --stps 3", ["--stps", "did you mean --steps?"]),
+    ("explain text.ckpt saliency binary.yaml --steps 0", ["--steps", "'0'"]),
+    ("probe", ["zoo probe", "RECIPE"]),
+    ("probe good.yaml --cahe x", ["--cahe", "did you mean --cache?"]),
+    ("probe lenet/mnst", ["no recipe or file 'lenet/mnst'", "did you mean lenet/mnist"]),
+    ("reproduce good.yaml --resum", ["--resum", "did you mean --resume?"]),
+    ("find_lr good.yaml --min_lr fast", ["--min_lr", "'fast'"]),
+    ("find_lr good.yaml --min_lr 1 --max_lr 0.1", ["--min_lr 1", "below --max_lr 0.1"]),
+    ("search good.yaml --over model.lr", ["--over 'model.lr'", "KEY=LOW..HIGH"]),
+    ("search good.yaml --over model.init_args.nothere=1,2", ["model.init_args.nothere is no key"]),
+    ("search good.yaml --over seed_everything=1,2 --method bayes", ["--method", "'bayes'", "grid"]),
+    ("show resnet --depth 19", ["no ResNet of depth 19", "18"]),
+    ("predict no.ckpt binary.yaml", ["no weights file no.ckpt"]),
+    ("predict text.ckpt binary.yaml --device gpu", ["--device", "'gpu'", "cuda"]),
 ]
 RECIPES = [
     ("empty", ["holds nothing", "expected a mapping"]),
@@ -302,7 +330,9 @@ def test_a_malicious_file_is_refused_and_its_code_never_runs(file, option, capsy
     assert Path("marker").exists()
 
 
-@pytest.mark.parametrize("command", ["list", "show", "reproduce", "check", "find_lr", "search", "export"])
+@pytest.mark.parametrize(
+    "command", ["list", "show", "reproduce", "check", "check-data", "find_lr", "search", "probe", "explain", "export"]
+)
 def test_help_is_no_error(command, capsys):
     assert main([command, "--help"]) == 0
     assert f"usage: zoo {command}" in capsys.readouterr().out

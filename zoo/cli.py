@@ -1,6 +1,7 @@
 """The ``zoo`` command. What needs no training answers without importing Lightning, which costs seconds."""
 
 import argparse
+import difflib
 import json
 import os
 import signal
@@ -118,6 +119,10 @@ class _Parser(argparse.ArgumentParser):
         chosen, overrides = self.parse_known_args(arguments)
         if overrides and not overrides[0].startswith("-"):
             self.error(f"{overrides[0]!r} is no override, which is --key value")
+        own = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
+        for option in (override.split("=")[0].removeprefix("--") for override in overrides):
+            if near := difflib.get_close_matches(option, own, n=1, cutoff=0.75):
+                self.error(f"there is no option --{option}: did you mean --{near[0]}?")
         return chosen, overrides
 
     def error(self, message: str) -> NoReturn:
