@@ -84,7 +84,8 @@ class Child:
     """A forked process that runs a function; what it writes goes to a file."""
 
     def __init__(self, function: Callable[[], object], environment: dict[str, str] | None = None) -> None:
-        self.file = tempfile.NamedTemporaryFile(prefix="output")  # noqa: SIM115 (it lives as long as this)
+        descriptor, self.file = tempfile.mkstemp(dir=FILES.name, prefix="output")
+        os.close(descriptor)
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
@@ -95,15 +96,15 @@ class Child:
         status = 70
         try:
             os.environ.update(environment)
-            output = os.open(self.file.name, os.O_WRONLY | os.O_APPEND)
+            output = os.open(self.file, os.O_WRONLY | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
             sys.stdout = os.fdopen(1, "w", buffering=1)
             sys.stderr = os.fdopen(2, "w", buffering=1)
-            for name in ("lightning.pytorch", "lightning.fabric", ""):
-                for handler in logging.getLogger(name).handlers:
-                    if isinstance(handler, logging.StreamHandler):
-                        handler.setStream(sys.stderr)
+            for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+                logging.getLogger(name).handlers.clear()
+                logging.getLogger(name).propagate = True
+            logging.getLogger().handlers[:] = [logging.StreamHandler(sys.stderr)]  # in place of pytest's
             warnings.showwarning = _print_warning  # else pytest keeps them
             signal.signal(signal.SIGINT, signal.default_int_handler)
             function()
@@ -135,7 +136,7 @@ class Child:
 
     @property
     def output(self) -> str:
-        return Path(self.file.name).read_text(errors="replace")
+        return Path(self.file).read_text(errors="replace")
 
 
 def together(count: int, function: Callable[[int], object]) -> list[Child]:
