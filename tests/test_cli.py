@@ -150,6 +150,16 @@ def test_best_and_last_are_those_of_the_newest_run(caplog):
     assert "version_1/checkpoints/best.ckpt, step 19" in caplog.text
 
 
+def test_a_run_that_never_came_to_a_validation_has_no_best_and_says_so(capsys):
+    rare = ["--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "5"]
+    assert main(["fit", "lenet/embedded", *rare, *SMALL]) == 0
+    assert main(["test", "lenet/embedded", "--ckpt_path", "best", *SMALL]) == 2
+    said = capsys.readouterr().err
+    assert "none came to a validation" in said
+    assert "--ckpt_path last" in said
+    assert main(["test", "lenet/embedded", "--ckpt_path", "last", *SMALL]) == 0
+
+
 def test_resuming_says_what_the_checkpoint_decides(caplog):
     assert main(["fit", "lenet/embedded", "--trainer.max_epochs", "1", *SMALL]) == 0
     caplog.set_level("INFO")

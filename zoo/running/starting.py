@@ -133,6 +133,11 @@ def _resolve_checkpoint(command: str, recipe: str, overrides: list[str]) -> list
         if found is None and command == "fit":
             print(f"no {asked}.ckpt under runs/{recipe} yet: training starts from the beginning")
             return overrides[: place - 1] + overrides[place + 1 :]
+        if found is None and asked == "best" and newest_checkpoint(recipe, "last") is not None:
+            raise RecipeError(
+                f"no run under runs/{recipe} has a best.ckpt: none came to a validation (trainer.check_val_every_n_epoch) "
+                "whose metric is a number. --ckpt_path last takes the weights at the end"
+            )
         if found is None:
             raise RecipeError(f"there is no run with a {asked}.ckpt under runs/{recipe}: run `zoo fit {recipe}` first")
         overrides[place] = str(found)
