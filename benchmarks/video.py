@@ -16,15 +16,17 @@ minute and encoded anew (H.264, x264's key frames).
 Rounds are interleaved and the median of each way is compared, since machines are noisy; only ratios mean something.
 Times are those of the processor.
 
-Measured on 23 November 2026 on a core of an Intel Xeon at 2.5 GHz that many other processes used as well (PyAV 18.1.0,
-decord 0.6.0), one round of 11 clips of the nine videos of 10 seconds in ``$ZOO_DATA/video/clips``, clips per second:
+Measured on 23 November 2026 on a core of an Intel Xeon at 2.5 GHz that several other processes used as well (PyAV
+18.1.0, decord 0.6.0), one round of 10 clips, clips per second: of the nine videos of 10 seconds in
+``$ZOO_DATA/video/clips``, and of two of them made a minute long.
 
-    PyAV, whole             1.64  1.00
-    PyAV, whole, picked     2.53  1.54
-    decord                  3.37  2.06
-    zoo                     6.68  4.07
+                            10 seconds       60 seconds
+    PyAV, whole             1.76   1.00       0.42   1.00
+    PyAV, whole, picked     2.74   1.56       1.15   2.74
+    decord                  4.13   2.35       7.15  17.06
+    zoo                     7.85   4.45      15.05  35.89
 
-torchcodec 0.17.0 found no FFmpeg there. Long videos were not measured to the end.
+torchcodec 0.17.0 found no FFmpeg there.
 """
 
 import argparse

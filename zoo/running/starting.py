@@ -135,8 +135,8 @@ def _resolve_checkpoint(command: str, recipe: str, overrides: list[str]) -> list
             return overrides[: place - 1] + overrides[place + 1 :]
         if found is None and asked == "best" and newest_checkpoint(recipe, "last") is not None:
             raise RecipeError(
-                f"no run under runs/{recipe} has a best.ckpt: none came to a validation (trainer.check_val_every_n_epoch) "
-                "whose metric is a number. --ckpt_path last takes the weights at the end"
+                f"no run under runs/{recipe} has a best.ckpt: none came to a validation whose metric is a number "
+                "(trainer.check_val_every_n_epoch). --ckpt_path last takes the weights at the end"
             )
         if found is None:
             raise RecipeError(f"there is no run with a {asked}.ckpt under runs/{recipe}: run `zoo fit {recipe}` first")
