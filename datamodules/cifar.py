@@ -349,7 +349,7 @@ def _read_archive(archive: Path, version: Version, files: dict[str, str]) -> dic
                     contents[name] = members.extractfile(member).read()  # type: ignore[union-attr]
                 if len(contents) == len(wanted):
                     break
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, TypeError) as error:  # the last, of a cut header
         raise ValueError(f"{archive} is truncated or corrupt ({error}): delete it and fetch it again") from error
     missing = ", ".join(path for path, name in wanted.items() if name not in contents)
     if missing:
