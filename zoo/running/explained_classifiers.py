@@ -161,7 +161,8 @@ def _patches(question: Question) -> Answer:
             shown.append(patch.pixels)
             captions.append(f"channel {channel}: {patch.value:.1f}")
     note = f"layer {layer}: of the channels that answer most, the parts of pictures that excite them most"
-    return Answer(Sheet("maximally activating patches", note, shown, captions, len(shown) // len(channels)))
+    columns = len(shown) // len(channels) if len(question.images) > 1 else len(shown)
+    return Answer(Sheet("maximally activating patches", note, shown, captions, columns))
 
 
 def _features(question: Question) -> tuple[str, Tensor]:
