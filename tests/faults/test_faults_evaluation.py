@@ -12,8 +12,8 @@ pytestmark = pytest.mark.faults
 
 SIZES = (21, 7, 5, 3, 2, 1)  # falling: some sets are cut where they are
 SECONDS = 60  # of an evaluation: no longer may it hang
-# Sums of tens or hundreds of nats: a last digit of float32 is more than 1e-6 of them.
-RELATIVE = {"captioning": 1e-6, "generation": 1e-6, "adversarial": 1e-6}
+# Losses of tens or hundreds, in nats or 3000 times as the published code has them: a last digit of float32 is more.
+RELATIVE = {"captioning": 1e-6, "generation": 1e-6, "adversarial": 1e-6, "mesh": 1e-6}
 
 
 def shorten(data, samples: int) -> None:

@@ -185,6 +185,7 @@ def test_last_is_the_last_by_the_step_inside_it():
         SafeCheckpointIO().save_checkpoint({"global_step": step, "loops": {}}, folder / f"{name}.ckpt")
     SafeCheckpointIO().save_checkpoint({"global_step": 9}, folder / "weights-alone.ckpt")
     (folder / "newer.ckpt").write_bytes((folder / "last.ckpt").read_bytes()[:100])  # of a copy that broke off
+    (folder / ".last.ckpt.0.partial.ckpt").write_bytes(b"")  # of a process that was killed while it saved
     later = time.time() + 100
     os.utime(folder / "last.ckpt", (later, later))
     assert newest_checkpoint("some/recipe", "last").name == "best.ckpt"

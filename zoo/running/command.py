@@ -346,7 +346,7 @@ def newest_checkpoint(recipe: str, name: str) -> Path | None:
     The last is the one with the most steps inside: where the disk was full for ``last.ckpt``, that may be another file
     of the run. A file that cannot be read, or that holds the weights alone, is none.
     """
-    pattern = "version_*/checkpoints/*.ckpt" if name == "last" else f"version_*/checkpoints/{name}.ckpt"
+    pattern = "version_*/checkpoints/[!.]*.ckpt" if name == "last" else f"version_*/checkpoints/{name}.ckpt"
     found = [(int(p.parts[-3].removeprefix("version_")), p) for p in (Path("runs") / recipe).glob(pattern)]
     if not found:
         return None
