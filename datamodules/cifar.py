@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -458,9 +458,10 @@ class _PictureUnpickler(pickle._Unpickler):
 
     def load_bytearray8(self) -> None:
         """Bytes of protocol 5, as many as the file has; Python's own makes room for as many as it says."""
-        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+        size = int.from_bytes(self.read(8), "little")  # type: ignore[attr-defined]
+        self.append(bytearray(self.read(size)))  # type: ignore[attr-defined]
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8}
+    dispatch: ClassVar[Any] = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8}
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands in for the few names in an array's pickle."""

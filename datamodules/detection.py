@@ -160,8 +160,8 @@ class DetectionDataModule(LightningDataModule):
 
     def _everything(self) -> tuple[dict[str, Any], list[str]]:
         """All pictures, and what was wrong with their annotations."""
-        splits: list[Split] = ["train", *(["val"] if self.val_size else []), *(["test"] if self._has_test else [])]
-        parts = {split: self._listed(split) for split in splits}
+        wanted: dict[Split, bool] = {"train": True, "val": self.val_size > 0, "test": self._has_test}
+        parts: dict[str, Any] = {split: self._listed(split) for split in wanted if wanted[split]}
         return parts, [line for split, findings in self._findings.items() for line in findings.wrong(split)]
 
     def _report_of(self, split: str) -> str:

@@ -306,7 +306,8 @@ class ShapeNetDataModule(LightningDataModule):
         """All views, and what was wrong with folders and lists."""
         splits: tuple[Split, ...] = ("train", "val", "test")
         mesh_library()
-        parts = {split: self._listed(split) for split in splits if self._has(split) or split == "train"}
+        wanted = [split for split in splits if self._has(split) or split == "train"]
+        parts: dict[str, Any] = {split: self._listed(split) for split in wanted}
         return parts, self._found.wrong("train, val and test")
 
     def _report_of(self, split: Split) -> str:

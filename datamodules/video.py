@@ -188,7 +188,8 @@ class VideoFolderDataModule(LightningDataModule):
         """All videos, and the lines of csv files that have none."""
         missing = videos_of(self.root, self._rows, self.class_names)[1] if self._rows else []
         found = [f"{len(missing)} videos of the csv files are not there: {some(missing)}"] if missing else []
-        return dict(self._split_videos()), found
+        listed: dict[str, Any] = {split: videos for split, videos in self._split_videos().items()}
+        return listed, found
 
     def train_dataloader(self) -> "VideoLoader":
         """Shuffled training batches; the order follows the run's seed, and is fixed under ``overfit_batches``."""
