@@ -213,7 +213,9 @@ class RecipeCLI(LightningCLI):
         except Exception:
             folder = Path(getattr(self.trainer.logger, "log_dir", None) or os.devnull)
             written = list(folder.glob("*"))
-            started = any(self.timer.start_time(stage) is not None for stage in ("train", "validate", "test"))
+            # Lightning validates two batches before it trains: that is no start of a fit.
+            stages = {"fit": ["train"]}.get(str(self.subcommand), ["validate", "test"])
+            started = any(self.timer.start_time(stage) is not None for stage in stages)
             if started or any(path.name not in ("config.yaml", "hparams.yaml") for path in written):
                 raise
             if self.trainer.is_global_zero and folder.is_dir():
