@@ -122,6 +122,23 @@ def test_grad_cam_of_a_layer_that_the_score_does_not_need():
         grad_cam(Two(), torch.rand(1, 1, 4, 4), "left", 0)
 
 
+def test_no_gradient_goes_through_the_overlap_of_a_box():
+    """A box that follows a pixel, and half covers the object's: only its score is to be felt."""
+
+    class Follows(nn.Module):
+        def forward(self, images):
+            x = images[0][0, 1, 1]
+            boxes = torch.stack([x, x * 0, x + 1, x * 0 + 1])[None]
+            return [{"boxes": boxes, "labels": torch.tensor([1]), "scores": images[0][0, 0, 0][None]}]
+
+    image = torch.full((1, 3, 4, 4), 0.5, requires_grad=True)
+    score = BoxScore(Follows(), torch.tensor([0.0, 0, 1, 1]), 1)(image)
+    assert score.item() == pytest.approx(0.5 / 3)  # the boxes overlap in a half, of one and a half
+    (gradient,) = torch.autograd.grad(score.sum(), image)
+    assert gradient.nonzero().tolist() == [[0, 0, 0, 0]]
+    assert gradient[0, 0, 0, 0].item() == pytest.approx(1 / 3)
+
+
 def test_a_word_is_scored_after_the_caption_so_far():
     from zoo import CaptioningLSTM
     from zoo.tasks.captioning import END, SPECIAL, START
@@ -136,6 +153,27 @@ def test_a_word_is_scored_after_the_caption_so_far():
     torch.testing.assert_close(model(images), scores)
     (gradient,) = torch.autograd.grad(scores[:, 5].sum(), given)
     torch.testing.assert_close(saliency(model, images, 5), gradient.abs().amax(1))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "attention"])
+def test_the_words_of_a_caption_are_as_probable_as_the_search_says(cell):
+    from zoo import CaptioningLSTM
+    from zoo.tasks.captioning import END, NULL, SPECIAL, START, UNKNOWN
+
+    torch.manual_seed(1)
+    words = [*SPECIAL, "a", "dog", "cat"]
+    captioner = CaptioningLSTM(words, cell=cell, network="small", image_size=32, wordvec_dim=8, hidden_dim=16).eval()
+    captioner.head.scores.bias.data[END] = -5  # else the caption may be empty
+    images = torch.rand(1, 3, 32, 32)
+    found = captioner.head.greedy(captioner.features(images), max_length=5)
+    tokens = [token for token in found.tokens[0].tolist() if token != NULL]
+    total = torch.zeros(())
+    for place, token in enumerate(tokens):
+        log_p = WordScores(captioner, [START, *tokens[:place]])(images)[0].detach()
+        never = log_p[[NULL, START, UNKNOWN]].exp().sum()
+        total += log_p[token] - torch.log1p(-never)
+    assert len(tokens) > 1
+    torch.testing.assert_close(total, found.log_probabilities[0])
 
 
 def test_a_q_value():

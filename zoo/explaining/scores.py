@@ -70,6 +70,8 @@ class BoxScore(nn.Module):
 class WordScores(nn.Module):
     """A captioner as a network that scores words: the log probabilities of those that may come next in a caption.
 
+    Among all words, <NULL>, <START> and <UNK> too, which a search never writes: its own log probabilities are larger.
+
     Args:
         captioner: Has ``scores(images, tokens)``: (N, L) tokens to scores (N, L - 1, V) of those after the first, each
             given the true ones before it, as the zoo's captioners.
