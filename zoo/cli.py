@@ -26,7 +26,7 @@ usage: zoo COMMAND …
   zoo list [--json]                          the recipes: what they claim and what was measured
   zoo show ARCHITECTURE [--input CxHxW]      what each layer costs, in the lecture's terms
   zoo reproduce RECIPE… [--out DIR]          fit, test, hold against the claim, write a report; status 1 on a miss;
-                        [--resume]           also a list of recipes such as lecture, which --resume goes on with
+                        [--resume]           also a list of recipes: lecture, video; --resume goes on with one
   zoo check RECIPE [--steps 50]              before training: initial loss, gradients, a batch learnt by heart, step
                                              sizes, data; status 1 if one is wrong
   zoo check-data RECIPE [overrides]          the recipe's files before any training: unreadable ones, boxes, splits that
