@@ -59,9 +59,9 @@ one run or two; the answers were the same throughout):
     pynanoflann, points in order of place  0.82 with 24 points a leaf in one run, of which the sort is a part
 
 overfit of animal/spot, animal/tm_rabbit, figure/suzanne, tableware/teapot and vehicle/vehicle-truck-green of freely
-licensed models in ShapeNet's layout: 500 steps, 242 s of one processor, Chamfer distance 0.177 (times 1000) and F-score
+licensed models in ShapeNet's layout: 500 steps, 239 s of one processor, Chamfer distance 0.176 (times 1000) and F-score
 0.742, means over the five views that were learnt; the truck, of thin parts, has 0.31 and 0.52, the others 0.12 to 0.19
-and 0.71 to 0.85. These were had before ``overfit`` was written, from a script with the same settings.
+and 0.71 to 0.85.
 """
 
 import argparse
