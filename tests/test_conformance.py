@@ -320,7 +320,7 @@ def test_it_starts_at_the_loss_of_chance_and_overfits_one_batch(name):
     assert min(losses.values[-5:]) - least < left * (losses.values[0] - least)
 
 
-@each(*LIKE_FASTER_RCNN)
+@each(*LIKE_FASTER_RCNN, *LIKE_FRAME_FUSION)
 def test_a_checkpoint_gives_the_same_outputs_bit_for_bit_also_through_safetensors(name, trained, tmp_path):
     path, model, data = trained
     torch.load(path, weights_only=True)
@@ -409,7 +409,7 @@ def test_every_parameter_gets_a_gradient(name):
     assert unused.names == []
 
 
-@each(*LIKE_FASTER_RCNN)
+@each(*LARGE)
 def test_fine_tuning_to_another_number_of_classes_replaces_the_head_and_only_the_head(name, trained):
     path, model, _ = trained
     if "num_classes" not in inspect.signature(type(model)).parameters:
@@ -427,7 +427,7 @@ def test_fine_tuning_to_another_number_of_classes_replaces_the_head_and_only_the
     assert same_weights(again, model), "the head of as many classes is kept"
 
 
-@each(*LIKE_FASTER_RCNN, *LIKE_RESNET)
+@each(*LARGE)
 def test_it_trains_in_a_plain_trainer_with_a_foreign_loader(name):
     model, data = build(name)
     control = task_of(name) == "control"  # it learns from experience and is evaluated by the returns of episodes
