@@ -34,7 +34,7 @@ class Augmentation(NamedTuple):
         state = torch.get_rng_state()
         try:
             # Not torch.manual_seed, which would seed the GPUs of a process without workers as well.
-            torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+            torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]) >> 1)
             return self._draw(image, target)
         finally:
             torch.set_rng_state(state)

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging, W
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import SequentialLR
+from torch.optim.swa_utils import SWALR
 
 from zoo.running.checkpoint import KeepLast
 from zoo.running.schedules import CosineRestarts
@@ -88,9 +89,12 @@ class SWA(StochasticWeightAveraging):
 
     Raises:
         ValueError: ``ratio`` is not positive.
+        ImportError: Torch is too old: its schedule would put code into the checkpoint, which is then refused.
     """
 
     def __init__(self, start: float = 0.75, ratio: float = 0.5, annealing_epochs: int = 5) -> None:
+        if "state_dict" not in vars(SWALR):
+            raise ImportError(f"SWA needs a newer torch than {torch.__version__}, whose SWALR cannot be saved safely")
         if ratio <= 0:
             raise ValueError(f"ratio={ratio} must be above 0: the steady rate as a share of the recipe's")
         super().__init__(swa_lrs=ratio, swa_epoch_start=float(start), annealing_epochs=annealing_epochs)
