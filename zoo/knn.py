@@ -289,8 +289,9 @@ def cross_validation_figure(accuracies: Accuracies, best: int) -> "Figure":
     folds = torch.tensor([accuracies[k] for k in ks], dtype=torch.float64)  # (K, folds)
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(ks, folds, "o", color="tab:gray", markersize=4, alpha=0.7)
-    axes.errorbar(ks, folds.mean(1), folds.std(1, correction=0), color="tab:blue", capsize=3)
+    shares = folds.cpu().numpy()  # older versions of matplotlib take no tensors
+    axes.plot(ks, shares, "o", color="tab:gray", markersize=4, alpha=0.7)
+    axes.errorbar(ks, shares.mean(1), shares.std(1), color="tab:blue", capsize=3)
     axes.axvline(best, color="tab:orange", linestyle="--", label=f"k = {best} is taken")
     axes.set_xlabel("k")
     axes.set_ylabel("accuracy on the fold held out")
