@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -23,6 +24,7 @@ from datamodules.voc import unpack
 from zoo.running.checkpoint import read_checkpoint
 from zoo.weights import read_weights
 
+OUTSIDE = Path(tempfile.gettempdir()) / "zoo_outside"  # where an archive must not get to
 MUTATIONS = 2000
 FEW = 20  # of each reader, in the tests that run always
 
@@ -225,7 +227,7 @@ INSIDE = "VOCdevkit/VOC2007/"
 MEMBERS = {
     "above": [member("../outside")],
     "above, from inside": [member(f"{INSIDE}../../../outside")],
-    "absolute": [member("/tmp/zoo_outside")],
+    "absolute": [member(str(OUTSIDE))],
     "symlink": [member(f"{INSIDE}Annotations/1.xml", tarfile.SYMTYPE, "/etc/passwd")],
     "symlink, and a file through it": [
         member(f"{INSIDE}JPEGImages", tarfile.SYMTYPE, "../../../.."), member(f"{INSIDE}JPEGImages/outside"),
@@ -258,7 +260,7 @@ def test_an_archive_writes_nothing_but_plain_files_in_its_folder(case, packing, 
         allowed |= {"root/VOC2007", "root/VOC2007/Annotations", "root/VOC2007/Annotations/first.xml"}
     assert {path for path in written if not path.startswith("..")} <= allowed
     assert not list(tmp_path.rglob("outside"))
-    assert not Path("/tmp/zoo_outside").exists()
+    assert not OUTSIDE.exists()
 
 
 def test_an_archive_that_is_sound_is_unpacked_as_it_is(tmp_path):
