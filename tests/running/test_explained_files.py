@@ -47,7 +47,7 @@ def test_the_help_names_every_method(capsys):
 @pytest.mark.parametrize("method", ["filters", "activations", "patches", "neighbours", "pca"])
 def test_what_needs_nothing_else(weights, pictures, method, capsys):
     assert main(["explain", weights, method, pictures, "--out", "out"]) == 0
-    assert Image.open(f"out/{method}.png").size[0] > 240
+    assert len(set(Image.open(f"out/{method}.png").convert("L").tobytes())) > 20, "something is drawn"
     assert f"out/{method}.png" in capsys.readouterr().out
 
 
@@ -57,7 +57,7 @@ def test_what_a_class_depends_on(weights, pictures, method, capsys):
     if method == "segmentation":
         pytest.importorskip("cv2")
     assert main(["explain", weights, method, "mine/0.png", "mine/1.png", "--target", "dog", "--out", "out"]) == 0
-    assert Image.open(f"out/{method}.png").size[0] > 240
+    assert len(set(Image.open(f"out/{method}.png").convert("L").tobytes())) > 20, "something is drawn"
 
 
 @pytest.mark.parametrize("method", ["adversarial", "class", "inversion", "dream", "texture", "style"])
