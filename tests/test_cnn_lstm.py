@@ -1,5 +1,6 @@
 """CNN + LSTM against its formula in float64, frame after frame."""
 
+import pytest
 import torch
 
 from zoo.cnn_lstm import CNNLSTM
@@ -42,3 +43,16 @@ def test_it_starts_from_a_classifier_of_pictures(tmp_path):
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, None, :, None, None]
     expected = theirs.features((clips[:, :, 1] - mean) / std).mean((2, 3))
     torch.testing.assert_close(model.backbone(clips[:, :, 1]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_places_keep_where_things_are():
+    torch.manual_seed(0)
+    model = small(places=2).eval()
+    pictures = torch.rand(3, 3, 32, 32)
+    features = model.backbone.network.trunk((pictures - 0.5) / 0.5)  # (3, 128, 4, 4)
+    quarters = [features[:, :, y : y + 2, x : x + 2].mean((2, 3)) for y in (0, 2) for x in (0, 2)]
+    torch.testing.assert_close(model.backbone(pictures), torch.stack(quarters, 2).flatten(1))
+    moved = model.head(model.backbone(pictures.flip(3))[None]), model.head(model.backbone(pictures)[None])
+    assert not torch.allclose(*moved, atol=1e-5)
+    with pytest.raises(ValueError, match="places=0 must be at least 1"):
+        small(places=0)

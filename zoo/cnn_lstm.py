@@ -52,6 +52,8 @@ class CNNLSTM(VideoTask):
         num_classes: Number of classes.
         class_names: Their names, in the order of the labels; None calls them "0", "1", ….
         hidden: Length of the LSTM's state.
+        places: Places a side at which a frame's features are kept. 1 is their mean over the frame, as networks for
+            pictures have it: what moves, but not from where to where. The paper takes AlexNet's fc6, which sees all 6.
         frames: Frames T of a clip that it is made for; any number will run.
         image_size: Height and width of the clips that it is made for, in pixels.
         seconds: Length of such clips, for ``zoo predict`` with files; None takes whole files.
@@ -63,6 +65,9 @@ class CNNLSTM(VideoTask):
         keep_matching_classes: Keep the rows of that layer whose class names match.
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the schedule from the optimizer and the run's number of steps.
+
+    Raises:
+        ValueError: ``places`` is not at least 1.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class CNNLSTM(VideoTask):
         num_classes: int = 400,
         class_names: list[str] | None = None,
         hidden: int = 256,
+        places: int = 1,
         frames: int = 16,
         image_size: int = 224,
         seconds: float | None = None,
@@ -82,6 +88,8 @@ class CNNLSTM(VideoTask):
         scheduler: SchedulerCallable | None = Cosine,
     ) -> None:
         super().__init__(num_classes, class_names, optimizer, scheduler, label_smoothing)
+        if places < 1:
+            raise ValueError(f"places={places} must be at least 1")
         self.seconds = seconds
         self.example_input_array = torch.zeros(1, 3, frames, image_size, image_size)
         encoder = ENCODERS.get(network)
@@ -89,10 +97,10 @@ class CNNLSTM(VideoTask):
         if backbone_weights is not None:
             load_trunk(trunk, backbone_weights, encoder.builder if encoder else None)
         features = SMALL_LAYERS[-1][0] if encoder is None else encoder.channels
-        pooled = nn.Sequential(OrderedDict(trunk=trunk, pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten()))
+        pooled = nn.Sequential(OrderedDict(trunk=trunk, pool=nn.AdaptiveAvgPool2d(places), flat=nn.Flatten()))
         mean, std = (HALF, HALF) if encoder is None else (encoder.mean, encoder.std)
         self.backbone = standardized(pooled, mean, std).to(memory_format=torch.channels_last)
-        self.head = LastState(features, hidden, num_classes)
+        self.head = LastState(features * places**2, hidden, num_classes)
         if weights is not None:
             load_weights(self, weights, keep_matching_classes)
 
