@@ -106,13 +106,18 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str) -> None:
         super().__init__(f"zoo {command}", description=description, allow_abbrev=False)
 
-    def parse(self, arguments: list[str]) -> argparse.Namespace:
-        """Parse; look for misspelt options first, else argparse reports the right one as missing."""
+    def parse(self, arguments: list[str], anywhere: bool = False) -> argparse.Namespace:
+        """Parse; look for misspelt options first, else argparse reports the right one as missing.
+
+        Args:
+            arguments: What follows the command.
+            anywhere: Options may stand between the words of one list.
+        """
         known = [option for option in self._option_string_actions if option.startswith("--")]
         for option in (argument.split("=")[0] for argument in arguments if argument.startswith("--")):
             if option not in known:
                 self.error(f"there is no option {option}{suggest(option, known)}")
-        return self.parse_args(arguments)
+        return self.parse_intermixed_args(arguments) if anywhere else self.parse_args(arguments)
 
     def split(self, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """Parse this command's own options, wherever they are; what is left are overrides of a recipe."""
@@ -428,7 +433,7 @@ def _explain(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=_positive, help="of what is optimised; by default what suits the method")
     parser.add_argument("--seed", type=int, default=0, help="of what is random")
     parser.add_argument("--weights", help="of an architecture: a name or a file; by default DEFAULT")
-    chosen = parser.parse(arguments[1:])
+    chosen = parser.parse(arguments[1:], anywhere=True)
     from zoo.running.explained_files import explain
 
     quieten()

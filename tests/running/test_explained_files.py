@@ -73,6 +73,13 @@ def test_pictures_that_are_made_are_files_and_the_same_again(weights, pictures, 
         assert (first == second).all()
 
 
+def test_options_may_stand_between_the_words(weights, pictures, capsys):
+    arguments = ["--seed", "5", weights, "dream", "--steps", "1", "mine/0.png", "--layer=backbone.conv1", "mine/1.png"]
+    assert main(["explain", *arguments, "--out", "out"]) == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == ["dream.png", "dream_0.png", "dream_1.png"]
+    assert "layer backbone.conv1, 4 octaves of 1.4, 1 steps" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_without_a_method_a_page_has_all_that_apply(weights, pictures, capsys):
     pytest.importorskip("captum")
@@ -193,6 +200,7 @@ def test_each_frame_of_a_clip_is_looked_into(capsys):
         (["lenett", "saliency", "mine/0.png"], "did you mean lenet"),
         (["missing.ckpt", "saliency", "mine/0.png"], "no weights file"),
         (["w.safetensors", "dream", "mine/0.png", "--layr", "x"], "did you mean --layer"),
+        (["w.safetensors", "--target", "dgo", "saliency", "--seed", "1", "mine/0.png"], "did you mean dog"),
         (["yolov3", "--weights", "w.safetensors", "saliency", "mine/0.png"], "zoo.LeNet|yolov3|YOLOv3"),
     ],
 )
