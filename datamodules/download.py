@@ -1,15 +1,18 @@
 """Downloads that are verified, leave nothing half-written, and say what to bring where there is no network."""
 
+import hashlib
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 MIRROR_TIMEOUT = 60  # seconds of silence after which the next mirror is asked
+SLOWEST = 1000  # bytes a second, on average over as many seconds: a slow telephone line brings more
+CHUNK = 1 << 16  # bytes
 TRIES = 2  # of each mirror
 PAUSE = 2.0  # seconds before the second
 NOT_THERE = (401, 403, 404, 410)  # what a server says that will not say otherwise soon
@@ -18,8 +21,9 @@ NOT_THERE = (401, 403, 404, 410)  # what a server says that will not say otherwi
 def fetch(mirrors: list[str], file: str, md5: str, folder: Path, found: Callable[[], bool] = lambda: False) -> None:
     """Download ``file`` into ``folder`` from the first mirror that has it, moved there when its checksum is right.
 
-    Mirrors that fail are asked once more, except where they say that they do not have it. Of several processes one
-    downloads, and the others wait for it.
+    Mirrors that fail are asked once more, except where they say that they do not have it. One that says nothing for a
+    minute has failed, and so has one that brings less than 1,000 bytes a second for a minute, however often it sends a
+    byte; a whole file may take as long as it needs. Of several processes one downloads, and the others wait for it.
 
     Args:
         mirrors: Addresses that ``file`` is appended to.
@@ -53,12 +57,43 @@ def fetch(mirrors: list[str], file: str, md5: str, folder: Path, found: Callable
 
 
 def _download(mirror: str, file: str, md5: str, folder: Path) -> None:
-    from torchvision.datasets.utils import download_url
-
     # Inside the target's folder, so that the move is atomic; removed again whatever happens.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as partial, _timeout(MIRROR_TIMEOUT):
-        download_url(mirror + file, partial, file, md5)
-        os.replace(Path(partial) / file, folder / file)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as partial:
+        target = Path(partial) / file
+        with (
+            urlopen(Request(mirror + file, headers={"User-Agent": "zoo"}), timeout=MIRROR_TIMEOUT) as answer,
+            open(target, "wb") as copy,
+        ):
+            found = hashlib.md5(usedforsecurity=False)
+            for part in _parts(answer, file):
+                copy.write(part)
+                found.update(part)
+            size = copy.tell()
+        if found.hexdigest() != md5:
+            raise ValueError(f"what came, {size:,} bytes, is not the file: its md5 is {found.hexdigest()}")
+        os.replace(target, folder / file)
+
+
+def _parts(answer: HTTPResponse, file: str) -> Iterator[bytes]:
+    """What a mirror sends, as it comes, with a bar in a terminal.
+
+    Raises:
+        TimeoutError: It falls silent, or trickles: the limit of a wait alone would let a byte a minute pass for ever.
+    """
+    from tqdm import tqdm  # Lightning brings it
+
+    total = answer.length
+    came, before, began = 0, 0, time.monotonic()
+    with tqdm(desc=file, total=total, unit="B", unit_scale=True, disable=None) as bar:
+        # read1 gives what is there, where read would wait for the whole chunk. Some servers do not close at the end.
+        while came != total and (part := answer.read1(CHUNK)):
+            yield part
+            came += len(part)
+            bar.update(len(part))
+            if (seconds := time.monotonic() - began) > MIRROR_TIMEOUT:
+                if came - before < SLOWEST * seconds:
+                    raise TimeoutError(f"too slow: {came - before:,} bytes in {seconds:.0f} seconds")
+                before, began = came, time.monotonic()
 
 
 @contextmanager
@@ -76,14 +111,3 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)  # which lets the next one in
-
-
-@contextmanager
-def _timeout(seconds: float) -> Iterator[None]:
-    """Limit every wait for the network; torchvision sets no limit, and a silent mirror would stop the run for ever."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

@@ -1,7 +1,9 @@
 """Weights that torchvision published: by name, from its cache, from a server, and what can go wrong."""
 
+import contextlib
 import hashlib
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -10,6 +12,7 @@ import torch
 from torchvision.models import SqueezeNet1_0_Weights, squeezenet1_0
 
 from zoo import LeNet, SqueezeNet
+from zoo.running import downloading
 
 
 @pytest.fixture
@@ -31,15 +34,50 @@ def published(tmp_path):
     return network, (tmp_path / "w.pth").rename(tmp_path / f"squeezenet1_0-{digest[:8]}.pth")
 
 
+class Asked(list):
+    """Paths that were asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.faults = []  # what goes wrong with the next ones
+
+
 @pytest.fixture
 def server(published, monkeypatch):
     """Serves that file in place of torchvision's."""
-    asked = []
+
+    asked = Asked()
 
     class Handler(SimpleHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
-            super().do_GET()
+            fault = asked.faults.pop(0) if asked.faults else ""
+            if fault.isdecimal():
+                self.send_error(int(fault))
+            elif fault:
+                content = path.read_bytes()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                getattr(self, fault)(content)
+            else:
+                super().do_GET()
+
+        def short(self, content):
+            self.wfile.write(content[:-1])
+
+        def wrong(self, content):
+            self.wfile.write(content[:-1] + b"?")
+
+        def stall(self, content):
+            self.wfile.write(content[:1000])
+            time.sleep(1)
+
+        def trickle(self, content):
+            with contextlib.suppress(OSError):  # the client has given up
+                for byte in content[:100]:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.03)
 
         def log_message(self, *arguments):
             pass
@@ -49,6 +87,8 @@ def server(published, monkeypatch):
     threading.Thread(target=http.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{http.server_port}/{path.name}"
     monkeypatch.setattr(SqueezeNet1_0_Weights.IMAGENET1K_V1.value, "url", url)
+    monkeypatch.setattr(downloading, "PAUSE", 0.0)
+    monkeypatch.setattr(downloading, "SILENCE", 0.4)
     yield asked
     http.shutdown()
     http.server_close()
@@ -66,6 +106,35 @@ def test_a_name_is_downloaded_once_and_then_read_from_the_cache(name, cache, ser
     assert model.hparams.class_names == model.class_names, "a checkpoint must carry them"
 
 
+@pytest.mark.parametrize("fault", ["503", "short", "wrong", "stall", "trickle"])
+def test_a_fault_that_passes_is_tried_again(fault, cache, server, published):
+    network, path = published
+    server.faults.append(fault)
+    model = SqueezeNet(weights="DEFAULT")
+    assert torch.equal(model.head.weight, network.classifier[1].weight)
+    assert len(server) == 2
+    assert sorted(file.name for file in cache.iterdir() if file.suffix != ".lock") == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "times"),
+    [
+        ("404", "404", 1),
+        ("503", "503", 2),
+        ("short", "invalid hash value", 2),
+        ("wrong", "invalid hash value", 2),
+        ("stall", "timed out", 2),
+        ("trickle", "too slow", 2),
+    ],
+)
+def test_a_fault_that_stays_is_named_and_leaves_nothing(fault, reason, times, cache, server):
+    server.faults.extend([fault] * times)
+    with pytest.raises(FileNotFoundError, match=f"could not be downloaded from http.*{reason}.*Bring squeezenet1_0-"):
+        SqueezeNet(weights="DEFAULT")
+    assert len(server) == times
+    assert [file.name for file in cache.iterdir() if file.suffix != ".lock"] == []
+
+
 def test_an_official_file_in_the_cache_needs_no_network(cache, published):
     network, path = published
     cache.mkdir(parents=True)
@@ -76,6 +145,7 @@ def test_an_official_file_in_the_cache_needs_no_network(cache, published):
 
 
 def test_without_a_network_the_error_says_which_file_to_bring_and_where_to(cache, monkeypatch):
+    monkeypatch.setattr(downloading, "PAUSE", 0.0)
     monkeypatch.setattr(
         SqueezeNet1_0_Weights.IMAGENET1K_V1.value, "url", "http://127.0.0.1:9/squeezenet1_0-b66bff10.pth"
     )

@@ -8,9 +8,7 @@ import inspect
 import json
 import os
 import re
-import socket
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.running.checkpoint import read_checkpoint, replacing
+from zoo.running.downloading import download
 from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD
 
 FORMAT = "1"
@@ -407,12 +406,13 @@ def fetch_torchvision(builder: str | None, name: str) -> Path:
         name: ``DEFAULT``, ``IMAGENET1K_V1``, …
 
     Raises:
-        FileNotFoundError: It is not in the cache and cannot be downloaded.
+        FileNotFoundError: It is not in the cache and cannot be downloaded, as :func:`~zoo.running.downloading.download`
+            tries it.
         ValueError: There are no weights of that name for this architecture.
     """
     if builder is None:
         raise ValueError(f"torchvision publishes no weights for this architecture: give a file in place of {name}")
-    from torch.hub import download_url_to_file, get_dir
+    from torch.hub import get_dir
     from torchvision.models import get_model_weights
 
     known = get_model_weights(builder).__members__
@@ -425,20 +425,16 @@ def fetch_torchvision(builder: str | None, name: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     from filelock import FileLock  # torch brings it
 
-    before = socket.getdefaulttimeout()
     try:
-        socket.setdefaulttimeout(60)  # torch sets no limit, and a silent server would stop the run for ever
         with FileLock(f"{path}.lock"):  # several processes ask at once: one downloads
             if not path.is_file():
-                prefix = path.stem.rsplit("-", 1)[-1]  # torchvision's names end in the first digits of the hash
-                download_url_to_file(url, str(path), prefix, progress=False)
-    except (OSError, RuntimeError, HTTPException) as error:
+                # torchvision's names end in the first digits of the hash
+                download(url, path, sha256=path.stem.rsplit("-", 1)[-1])
+    except OSError as error:
         raise FileNotFoundError(
             f"{name} could not be downloaded from {url} ({error}). Bring {path.name} by hand and put it into "
             f"{path.parent}, or give its path as --model.init_args.weights"
         ) from error
-    finally:
-        socket.setdefaulttimeout(before)
     return path
 
 

@@ -1,5 +1,6 @@
 """Downloads from servers that fail in every usual way, and what runs where there is no network at all."""
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -41,9 +42,6 @@ class Answer(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        if self.headers.get("Method") == "HEAD":  # torchvision asks so first where an address leads to
-            self.good()
-            return
         plan = self.path.split("/")[1].split(",")
         with self.server.lock:
             number = self.server.asked[self.path]
@@ -75,6 +73,20 @@ class Answer(BaseHTTPRequestHandler):
         self.good(CONTENT[:1000])
         time.sleep(1.5)
 
+    def trickle(self):
+        """A byte now and then, for ever: each wait for the next one is short."""
+        self.good(b"")
+        with contextlib.suppress(OSError):  # the client has given up
+            for byte in CONTENT:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.05)
+
+    def unannounced(self):
+        """The file without its length, as some servers send what they pack on the way."""
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(CONTENT)
+
     def slow(self):
         time.sleep(0.3)
         self.good()
@@ -101,7 +113,7 @@ def mirrors(server, *plans):
     return [f"http://127.0.0.1:{server.server_port}/{plan}/" for plan in plans]
 
 
-PASSING = ("busy", "short", "wrong", "page", "stall", "reset")
+PASSING = ("busy", "short", "wrong", "page", "stall", "trickle", "reset")
 
 
 @pytest.mark.parametrize("fault", PASSING)
@@ -128,6 +140,23 @@ def test_a_fault_that_stays_is_named_and_leaves_nothing(fault, server, tmp_path)
     assert f"Put the file into {tmp_path}" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     assert sum(server.asked.values()) == (1 if fault == "missing" else 2)
+
+
+def test_a_server_that_trickles_is_given_up_and_a_slow_one_is_not(server, tmp_path, monkeypatch):
+    began = time.monotonic()
+    with pytest.raises(FileNotFoundError, match=r"too slow: \d\d bytes in 1 seconds"):
+        fetch(mirrors(server, "trickle"), "file", MD5, tmp_path)
+    assert time.monotonic() - began < 5, "two tries of a second each"
+    monkeypatch.setattr(download, "SLOWEST", 5)  # of the 20 bytes a second that come
+    monkeypatch.setattr(download, "MIRROR_TIMEOUT", 0.2)
+    monkeypatch.setattr(sys.modules[__name__], "CONTENT", CONTENT[:40])
+    fetch(mirrors(server, "trickle"), "file", hashlib.md5(CONTENT).hexdigest(), tmp_path)
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_a_file_without_a_length_is_read_to_its_end(server, tmp_path):
+    fetch(mirrors(server, "unannounced"), "file", MD5, tmp_path)
+    assert (tmp_path / "file").read_bytes() == CONTENT
 
 
 def test_a_server_that_is_not_there_is_named(tmp_path, monkeypatch):
