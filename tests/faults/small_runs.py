@@ -58,13 +58,20 @@ def build(task: str, *settings: str) -> tuple[LightningModule, LightningDataModu
     return run.model, run.datamodule
 
 
-def fit(task: str, *settings: str, callbacks: tuple[Callback, ...] = ()) -> None:
-    """The command ``zoo fit`` in this folder, with callbacks of the test's own; it ends the process."""
+def fit(
+    task: str,
+    *settings: str,
+    callbacks: tuple[Callback, ...] = (),
+    data_hooks: dict[str, Callable[..., None]] | None = None,
+) -> None:
+    """The command ``zoo fit`` in this folder, with callbacks and hooks of the test's own; it ends the process."""
     recipe, *small = TASKS[task]
 
     def prepare_with_callbacks(*given):
         run = prepare(*given)
         run.trainer.callbacks[:0] = callbacks
+        for name, hook in (data_hooks or {}).items():
+            setattr(run.datamodule, name, hook)
         return run
 
     cli.prepare = prepare_with_callbacks

@@ -149,3 +149,25 @@ def test_when_one_process_dies_all_end_and_say_which_and_why(rank, death):
     for output in others:
         assert f"process {rank} of this run ended: {why}" in output
     assert read_checkpoint(LAST)["global_step"] == STEPS
+
+
+@pytest.mark.parametrize("death", ["killed", "exception"])
+@pytest.mark.parametrize("hook", ["prepare_data", "setup"])
+def test_when_the_first_process_dies_while_the_others_wait_for_its_data_all_end_and_say_why(hook, death):
+    def run(rank):
+        def die(*_, **__):
+            if rank == 0:
+                time.sleep(1)  # by then the others wait
+                (send(signal.SIGKILL) if death == "killed" else fail)(None)
+
+        three = ("trainer.devices 3", "trainer.strategy ddp", "trainer.accelerator cpu")
+        fit("classification", *SMALL, *three, data_hooks={hook: die})
+
+    children = together(3, run)
+    start = time.monotonic()
+    statuses = [child.wait(60) for child in children]
+    assert time.monotonic() - start < 60
+    assert 0 not in statuses
+    why = "it was killed" if death == "killed" else "RuntimeError: a fault"
+    for child in children[1:]:
+        assert f"process 0 of this run ended: {why}" in child.output, child.output

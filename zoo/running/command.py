@@ -252,10 +252,14 @@ class RecipeCLI(LightningCLI):
         config["callbacks"] = [*given, *(c for c in self._callbacks(config) if not _configured(c, given))]
         try:
             with refusing():
-                return super().instantiate_trainer(**kwargs)
+                trainer = super().instantiate_trainer(**kwargs)
         except (RecipeError, TypeError) as error:
             hardware = f"accelerator {config.get('accelerator')}, devices {config.get('devices')}"
             raise RecipeError(f"trainer ({hardware}): {error}") from error
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EndTogether):
+                callback.from_the_start(trainer)
+        return trainer
 
     def _loggers(self, given: Any) -> Any:
         """The recipe's loggers behind the CSV log that every run keeps, unless logging is switched off."""

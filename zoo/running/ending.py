@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class EndTogether(Callback):
     when a process ends, however it ends, which is noticed at once; nothing is sent while all goes well, and no work,
     however long, is taken for a death. The first process tells the others.
 
-    With one process there is nothing to do. A run that is asked to stop ends as
+    The connection is there when the data are set up, or with :meth:`from_the_start`, as commands have it, before they are
+    prepared. With one process there is nothing to do. A run that is asked to stop ends as
     :class:`~zoo.running.checkpoint.KeepLast` has it.
     """
 
@@ -39,8 +41,19 @@ class EndTogether(Callback):
         self._over = False  # this process has said that it ends well
         self._told = False  # who died is known here
 
+    def from_the_start(self, trainer: Trainer) -> None:
+        """Connect as soon as the processes know of each other, before the first one prepares the data.
+
+        Lightning has no hook there. While one process downloads the others wait for days if need be.
+        """
+        trainer.strategy.setup_environment = partial(_set_up_and_connect, trainer, self)  # type: ignore[method-assign]
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Connect, as soon as the processes know of each other."""
+        """Connect, where that was not done before."""
+        self.connect(trainer)
+
+    def connect(self, trainer: Trainer) -> None:
+        """Connect the processes of a run and watch them; all have to call it."""
         if trainer.world_size == 1 or not torch.distributed.is_initialized() or self._peers:
             return
         self._over, self._told = False, False
@@ -140,6 +153,11 @@ class EndTogether(Callback):
         for peer in self._peers.values():
             peer.close()
         self._peers = {}
+
+
+def _set_up_and_connect(trainer: Trainer, ending: EndTogether) -> None:
+    type(trainer.strategy).setup_environment(trainer.strategy)
+    ending.connect(trainer)
 
 
 def _read(peer: socket.socket) -> str:
