@@ -30,8 +30,8 @@ class EndTogether(Callback):
     when a process ends, however it ends, which is noticed at once; nothing is sent while all goes well, and no work,
     however long, is taken for a death. The first process tells the others.
 
-    The connection is there when the data are set up, or with :meth:`from_the_start`, as commands have it, before they are
-    prepared. With one process there is nothing to do. A run that is asked to stop ends as
+    The connection is there when callbacks are set up, or with :meth:`from_the_start`, as commands have it, before the
+    data are prepared. With one process there is nothing to do. A run that is asked to stop ends as
     :class:`~zoo.running.checkpoint.KeepLast` has it.
     """
 
