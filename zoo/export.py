@@ -18,6 +18,7 @@ Format = Literal["safetensors", "onnx", "pt2"]
 SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "onnx": ".onnx", "pt2": ".pt2"}
 PARTS = ("network", "backbone", "head", "generator", "decoder")  # what forward runs through
 TOLERANCE = 1e-4  # largest difference of any output that is taken for rounding
+MOST = 2**31 - 1  # images at once: torch 2.6 refuses a slice of them where there may be 2**63 - 1
 
 
 class _Network(nn.Module):
@@ -86,7 +87,7 @@ def _what_it_does(module: LightningModule) -> str:
 
 def _write_pt2(module: LightningModule, example: Tensor, path: Path) -> float:
     """Write with torch.export, read back, and return the largest difference of the outputs."""
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim("batch", max=MOST)
     program = torch.export.export(_Network(module).eval(), (example,), dynamic_shapes=({0: batch},))
     torch.export.save(program, path, extra_files={"zoo.json": json.dumps(describe(module))})
     other = torch.cat([example, example[:1]])
@@ -108,7 +109,7 @@ def _write_onnx(module: LightningModule, example: Tensor, path: Path) -> float:
         verbose=False,
         input_names=["images"],
         output_names=["outputs"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamic_shapes=({0: torch.export.Dim("batch", max=MOST)},),
     )
     assert program is not None
     program.model.metadata_props.update({key: json.dumps(value) for key, value in describe(module).items()})
