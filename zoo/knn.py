@@ -117,7 +117,7 @@ class Votes(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         """Map labels (N, k) to logits (N, num_classes); of classes with equal votes the smallest label is largest."""
         classes = torch.arange(self.num_classes, device=labels.device)
-        votes = (labels[:, :, None] == classes).sum(1)  # (N, num_classes)
+        votes = (labels[:, :, None] == classes).sum(1).to(self.smoothing)  # (N, num_classes)
         return torch.log(votes + self.smoothing) - 1e-6 * classes
 
 
