@@ -1,11 +1,12 @@
 """Occlusion of one picture, seconds side by side: many covered pictures in a forward pass, and one in each.
 
     python benchmarks/explain.py [--architecture SqueezeNet] [--size 224] [--rounds 3] [--patch 44] [--stride 22]
-                                 [--batch_size 16] [--cpu_time]
+                                 [--batch_size N] [--cpu_time]
 
 Both go through captum and give the same map (checked). Rounds are interleaved and medians compared; only the ratio
 means something. Weights are random: they make no difference to the time. Where others use the machine, ``--cpu_time``
-counts this process's own seconds.
+counts this process's own seconds. By default the patch is a fifth of the side, and as many go together as
+``occlusion`` takes by itself.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import time
 import torch
 
 import zoo
-from zoo.explaining.attributions import occlusion
+from zoo.explaining.attributions import TOGETHER, occlusion
 
 
 def seconds(model, images, batch_size, arguments):
@@ -29,17 +30,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="SqueezeNet")
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--patch", type=int, default=44)
-    parser.add_argument("--stride", type=int, default=22)
+    parser.add_argument("--patch", type=int)
+    parser.add_argument("--stride", type=int)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int)
     parser.add_argument("--cpu_time", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model = getattr(zoo, arguments.architecture)()
     images = torch.rand(1, 3, arguments.size, arguments.size)
-    passes = {"one in a pass": 1, f"{arguments.batch_size} in a pass": arguments.batch_size}
-    seconds(model, images[..., : arguments.patch * 2, : arguments.patch * 2], 8, arguments)  # warm-up
+    together = arguments.batch_size or TOGETHER // arguments.size**2
+    passes = {"one in a pass": 1, f"{together} in a pass": together}
+    seconds(model, images, together, arguments)  # warm-up
     taken = {name: [] for name in passes}
     for _ in range(arguments.rounds):
         maps = []

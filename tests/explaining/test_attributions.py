@@ -107,6 +107,23 @@ def test_occlusion_finds_the_one_pixel_that_is_looked_at():
     assert len(model.sizes) < 6
 
 
+@pytest.mark.parametrize(("size", "together"), [(32, 100), (64, 64), (128, 16), (224, 5), (600, 1)])
+def test_so_many_covered_pictures_go_together_as_have_few_pixels(size, together):
+    model = OnePixel()
+    occlusion(model, torch.rand(1, 1, size, size), 0, patch=size // 5, stride=size // 10)
+    assert max(model.sizes) == together
+
+
+def test_occlusion_of_a_network_whose_first_layer_works_in_place():
+    model = nn.Sequential(nn.Dropout(0.5, inplace=True), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, 2))
+    image = torch.rand(1, 1, 4, 4) - 0.5
+    before = image.clone()
+    falls = occlusion(model, image, 0, patch=2, of="score")
+    apart = nn.Sequential(nn.ReLU(), nn.Flatten(), model[3])
+    torch.testing.assert_close(falls, occlusion(apart, before, 0, patch=2, of="score"))
+    assert torch.equal(image, before)
+
+
 def test_occlusion_of_probabilities_is_their_difference(convolutional):
     image = torch.rand(1, 3, 8, 8)
     falls = occlusion(convolutional, image, 2, patch=4, stride=4)

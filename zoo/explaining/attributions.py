@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from zoo.explaining.looking import Targets, captum_part, chosen_classes, find_layer, leaving_untouched
 
+# Pixels of covered pictures in a forward pass: maps of more than 32 MB the C library takes anew from the system.
+TOGETHER = 2**18
+
 
 def saliency(model: nn.Module, images: Tensor, targets: Targets = None) -> Tensor:
     """How much each pixel moves the score of a class: the largest |ds/dx| of its channels.
@@ -100,7 +103,7 @@ def occlusion(
     patch: int | None = None,
     stride: int | None = None,
     of: Literal["probability", "score"] = "probability",
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> Tensor:
     """How far a class falls when a patch of the picture's mean colour covers a place.
 
@@ -113,7 +116,8 @@ def occlusion(
         patch: Its side in pixels; None is a fifth of the shorter side.
         stride: From one patch to the next; None is half of a patch.
         of: What falls: the probability of the class, or its score.
-        batch_size: Covered pictures in one forward pass; on a GPU more is faster, on a CPU it is not.
+        batch_size: Covered pictures in one forward pass; None is as many as have 2**18 pixels, 5 of 224 x 224 and 64 of
+            64 x 64, which is fast on a CPU. On a GPU more are faster.
 
     Returns:
         (N, H, W): the mean fall over the patches that cover a pixel; below 0 where covering helps.
@@ -130,18 +134,20 @@ def occlusion(
             f"patch={patch} must lie between stride={stride} and the picture's {min(height, width)} pixels"
         )
 
+    batch_size = batch_size or max(1, TOGETHER // (height * width))
+
     def answer(given: Tensor) -> Tensor:
-        scores = model(given)
+        scores = model(given.clone())  # its first layer may work in place
         return scores.softmax(1) if of == "probability" else scores
 
     method = captum_part("attr").Occlusion
-    with leaving_untouched(model), torch.no_grad():
+    with leaving_untouched(model, in_place=True), torch.no_grad():
         falls = method(answer).attribute(
             images,
             sliding_window_shapes=(channels, patch, patch),
             strides=(channels, stride, stride),
             baselines=images.mean((2, 3), keepdim=True).expand_as(images),
-            target=_classes(model, images, targets),
+            target=_classes(model, images.clone(), targets),
             perturbations_per_eval=max(1, batch_size // max(1, len(images))),
         )
     return falls[:, 0]

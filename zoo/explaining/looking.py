@@ -19,20 +19,24 @@ Progress = Callable[[int, int], None]  # steps that are done, and all
 
 
 @contextmanager
-def leaving_untouched(model: nn.Module) -> Iterator[None]:
+def leaving_untouched(model: nn.Module, in_place: bool = False) -> Iterator[None]:
     """Evaluation mode, no gradients of weights, no layer that works in place; afterwards all as it was.
 
     Restores of every module the mode, the hooks and ``inplace``, of every parameter ``requires_grad`` and ``grad``,
     also after an error. A layer that works in place would overwrite the output of the one before, which is looked at.
+
+    Args:
+        model: The network.
+        in_place: Layers may work in place: only the scores are looked at, and less memory is needed.
     """
     modules = list(model.modules())
     modes = [module.training for module in modules]
-    in_place: list[Any] = [module for module in modules if getattr(module, "inplace", False) is True]
+    changed: list[Any] = [m for m in modules if not in_place and getattr(m, "inplace", False) is True]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     hooks = [(table, dict(table)) for module in modules for table in _hook_tables(module)]
     try:
         model.eval()
-        for module in in_place:
+        for module in changed:
             module.inplace = False
         for parameter, _, _ in parameters:
             parameter.requires_grad_(False)
@@ -45,7 +49,7 @@ def leaving_untouched(model: nn.Module) -> Iterator[None]:
         for parameter, required, gradient in parameters:
             parameter.requires_grad_(required)
             parameter.grad = gradient
-        for module in in_place:
+        for module in changed:
             module.inplace = True
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
