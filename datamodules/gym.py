@@ -310,7 +310,8 @@ class GymDataModule(EnvironmentsDataModule):
     float32 (B,), ``terminated`` bool (B,), ``discount`` float32 (B,), ``index`` int64 (B,) and ``weight`` float32 (B,),
     as :meth:`~datamodules.replay.ReplayBuffer.sample` describes them; and in the first after some steps ``steps``
     int64 (), the steps in the environments so far, and ``returns`` float32 (E,), those of the episodes that ended since
-    the last time: of exploring, and on Atari of one life with clipped rewards.
+    the last time: of exploring, and on Atari of one life with clipped rewards. With ``updates_per_step`` U all but
+    these two are (U, B, …): U batches at once, for a model that makes as many updates in a training step.
 
     A checkpoint holds counters, exploration, the environments where their state is known and, with ``save_buffer``, the
     buffer. On CartPole a resumed run then ends with the weights of one that was never stopped. Atari's environments
@@ -324,6 +325,7 @@ class GymDataModule(EnvironmentsDataModule):
         learning_starts: Steps, of all environments together, before the first batch.
         collect_steps: Steps, of all environments together, between one round of batches and the next.
         updates: Batches of a round.
+        updates_per_step: Batches U that are handed over at once, a divisor of ``updates``; 1 for prioritised replay.
         epoch_steps: Steps of an epoch: after each one validates.
         n_step: Steps of a transition.
         discount: Factor by which a reward counts less with each step.
@@ -352,6 +354,7 @@ class GymDataModule(EnvironmentsDataModule):
         learning_starts: int = 1000,
         collect_steps: int = 256,
         updates: int = 128,
+        updates_per_step: int = 1,
         epoch_steps: int = 2560,
         n_step: int = 1,
         discount: float = 0.99,
@@ -375,6 +378,13 @@ class GymDataModule(EnvironmentsDataModule):
         for name, value in (counts | {"updates": updates, "importance_steps": importance_steps}).items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if updates_per_step < 1 or updates % updates_per_step:
+            raise ValueError(f"updates_per_step={updates_per_step} must divide updates={updates}")
+        if updates_per_step > 1 and priority_exponent:
+            raise ValueError(
+                f"updates_per_step={updates_per_step} must be 1 with priority_exponent={priority_exponent}: the errors "
+                "of each batch change what is drawn next"
+            )
         if epoch_steps < collect_steps:
             raise ValueError(f"epoch_steps={epoch_steps} must be at least collect_steps={collect_steps}")
         if not 0 <= importance_exponent <= 1:
@@ -384,6 +394,7 @@ class GymDataModule(EnvironmentsDataModule):
         self.learning_starts = learning_starts
         self.collect_steps = collect_steps
         self.updates = updates
+        self.updates_per_step = updates_per_step
         self.epoch_steps = epoch_steps
         self.n_step = n_step
         self.priority_exponent = priority_exponent
@@ -399,7 +410,7 @@ class GymDataModule(EnvironmentsDataModule):
     @property
     def batches_per_epoch(self) -> int:
         """Training batches of an epoch."""
-        return self.epoch_steps // self.collect_steps * self.updates
+        return self.epoch_steps // self.collect_steps * self.updates // self.updates_per_step
 
     def setup(self, stage: str) -> None:
         """Make the environments and the buffer, once."""
@@ -513,10 +524,11 @@ class GymDataModule(EnvironmentsDataModule):
             before = self.buffer.random_state
             drawn = self.buffer.sample(count * self.batch_size, self._beta())
             drawn = {name: tensor.to(self._device) for name, tensor in drawn.items()}
-            for number in range(self._given - first, count):
-                self._given = (self._given + 1) % self.updates
+            drawn = {name: tensor.unflatten(0, (count, self.batch_size)) for name, tensor in drawn.items()}
+            for number in range(self._given - first, count, self.updates_per_step):
+                self._given = (self._given + self.updates_per_step) % self.updates
                 self._before_burst = before if self._given % self._burst else None
-                rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
+                rows = slice(number, number + self.updates_per_step) if self.updates_per_step > 1 else number
                 news, self._news = self._news, {}
                 yield {name: tensor[rows] for name, tensor in drawn.items()} | news
             if self._given == 0:
@@ -528,8 +540,8 @@ class GymDataModule(EnvironmentsDataModule):
         if self.priority_exponent:
             return 1
         _, shape, dtype = self._spaces
-        each = 2 * self.batch_size * int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return max(1, min(self.updates, BURST_BYTES // each))
+        each = 2 * self.updates_per_step * self.batch_size * int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return self.updates_per_step * max(1, min(self.updates // self.updates_per_step, BURST_BYTES // each))
 
     @property
     def _device(self) -> torch.device:

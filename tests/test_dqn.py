@@ -19,6 +19,7 @@ from zoo.dqn import (
     vector_network,
 )
 from zoo.running.nonfinite import NonFiniteLossError, StopOnNonFiniteLoss
+from zoo.running.schedules import Cosine
 
 
 def count(network):
@@ -288,6 +289,7 @@ def test_epsilon_of_the_module_is_by_steps_in_the_environments():
         ({"target_share": 0.0}, r"target_share=0.0 in \(0, 1\]"),
         ({"epsilon_end": 2.0}, "epsilon_end=2.0"),
         ({"loss": "l1"}, "loss='l1' must be 'huber' or 'squared'"),
+        ({"updates_per_step": 0}, "updates_per_step=0 must be at least 1"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
@@ -303,6 +305,84 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch():
     trainer = Trainer(**options, max_epochs=1, enable_model_summary=False, callbacks=[StopOnNonFiniteLoss()])
     with pytest.raises(NonFiniteLossError, match="epoch 0, batch 1"):
         trainer.fit(model, loader)
+
+
+class Rates(Callback):
+    """The learning rate at each optimizer step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+class SavedAt(Callback):
+    """A checkpoint in the middle of an epoch."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def trained(updates_per_step, max_steps=-1, callbacks=(), checkpoint=None):
+    """A short run on CartPole: its trainer, its network's weights and the rates of its updates."""
+    torch.manual_seed(0)
+    model = zoo.DQN(hidden=[16], target_every=5, updates_per_step=updates_per_step, scheduler=Cosine)
+    data = datamodules.GymDataModule(
+        num_envs=2, capacity=500, batch_size=8, learning_starts=40, collect_steps=16, updates=12, epoch_steps=48,
+        updates_per_step=updates_per_step, eval_envs=2, val_episodes=2, seed=0,
+    )  # fmt: skip
+    rates = Rates()
+    trainer = Trainer(
+        max_epochs=2, max_steps=max_steps, gradient_clip_val=0.05, callbacks=[rates, *callbacks],
+        limit_val_batches=0, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+    return trainer, model.state_dict(), rates.rates
+
+
+@pytest.mark.parametrize("updates_per_step", [4, 12])
+def test_several_updates_in_a_training_step_are_as_many_steps_bit_for_bit(updates_per_step):
+    one, expected, expected_rates = trained(1)
+    several, found, rates = trained(updates_per_step)
+    assert one.global_step == several.global_step == len(rates) == 72
+    assert several.num_training_batches == 36 // updates_per_step
+    assert rates == expected_rates
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_of_so_many_updates_ends_within_a_training_step():
+    one, expected, expected_rates = trained(1, max_steps=20)
+    several, found, rates = trained(6, max_steps=20)
+    assert one.global_step == several.global_step == 20
+    assert rates == expected_rates
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_of_several_updates_a_step_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "middle.ckpt"
+    _, expected, expected_rates = trained(4, callbacks=[SavedAt(16, path)])
+    _, found, rates = trained(4, checkpoint=path)
+    assert rates == expected_rates[16:]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_batches_that_do_not_fit_the_updates_and_accumulation_are_refused():
+    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    loader = DataLoader([transitions()], batch_size=None)
+    with pytest.raises(ValueError, match=r"must hold rewards \(2, N\): got \(6,\). Set updates_per_step of the data"):
+        Trainer(**options, max_steps=1).fit(zoo.DQN(hidden=[8], updates_per_step=2), loader)
+    with pytest.raises(ValueError, match="accumulate_grad_batches"):
+        Trainer(**options, max_steps=1, accumulate_grad_batches=2).fit(zoo.DQN(updates_per_step=2), loader)
+
+
+def test_a_loss_without_a_trainer_has_nobody_to_tell_its_errors():
+    assert zoo.DQN(hidden=[8]).loss(transitions(index=torch.arange(6), weight=torch.ones(6))).isfinite()
 
 
 @pytest.mark.slow

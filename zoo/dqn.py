@@ -12,15 +12,19 @@ action.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from lightning import Callback
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LRScheduler
 
 from zoo.running.control_pictures import policy_figure
-from zoo.running.optimizing import SchedulerCallable
+from zoo.running.optimizing import SchedulerCallable, configure_optimizers
 from zoo.running.pictures import log_picture
 from zoo.tasks.control import Batch, ControlTask
 from zoo.weights import load_weights
@@ -29,6 +33,7 @@ Loss = Literal["huber", "squared"]
 
 NATURE_LAYERS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel and stride
 NATURE_HIDDEN = 512
+NEWS = ("steps", "returns")  # what a batch tells of the collecting: of all its transitions together
 
 
 # Networks
@@ -211,6 +216,7 @@ class DQN(ControlTask):
     A training batch has ``obs`` and ``next_obs`` (N, …), ``action`` int64 (N,), ``reward`` float32 (N,) and
     ``terminated`` bool (N,); where several steps are one transition ``discount`` (N,), and of prioritised replay
     ``index`` and ``weight`` (N,): the errors are then told to the data module's ``update_priorities(index, errors)``.
+    With ``updates_per_step`` U all these are (U, N, …): so many batches, and optimizer steps, one after the other.
 
     Args:
         observation_shape: Of an observation: (D,), or (C, S, S) of C frames of S pixels a side.
@@ -226,6 +232,10 @@ class DQN(ControlTask):
         epsilon_start: Chance of a random action at first.
         epsilon_end: What it falls to in a straight line.
         epsilon_steps: Steps in the environments over which it falls.
+        updates_per_step: Optimizer steps U of a training step. The run is the same whatever it is; more than one spares
+            a small network much of what a training step costs beside them. What counts optimizer steps
+            (``max_steps``, ``target_every``, schedules) counts each of them, what counts batches
+            (``log_every_n_steps``) all of them as one. The recipe's data module tells it.
         weights: File to start from (``.safetensors``, ``.ckpt``, ``.pth``) or ``hf://owner/name``.
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the schedule from the optimizer and the run's number of steps; stepped once per step.
@@ -248,6 +258,7 @@ class DQN(ControlTask):
         epsilon_start: float = 1.0,
         epsilon_end: float = 0.04,
         epsilon_steps: int = 8000,
+        updates_per_step: int = 1,
         weights: str | None = None,
         optimizer: OptimizerCallable = lambda params: optim.Adam(params, lr=2.3e-3, fused=True),
         scheduler: SchedulerCallable | None = None,
@@ -259,6 +270,9 @@ class DQN(ControlTask):
             raise ValueError(f"epsilon_start={epsilon_start} and epsilon_end={epsilon_end} must be in [0, 1]")
         if loss not in ("huber", "squared"):
             raise ValueError(f"loss={loss!r} must be 'huber' or 'squared'")
+        if updates_per_step < 1:
+            raise ValueError(f"updates_per_step={updates_per_step} must be at least 1")
+        self.updates_per_step = updates_per_step
         self.double_q = double
         self.loss_kind = loss
         self.target_every = target_every
@@ -301,13 +315,76 @@ class DQN(ControlTask):
         target = bellman_targets(reward, batch["terminated"], discount, next_values, next_online)
         values = self.network(batch["obs"])
         if "index" in batch:
-            update: Any = getattr(getattr(self.trainer, "datamodule", None), "update_priorities", None)
+            update: Any = getattr(getattr(self._trainer, "datamodule", None), "update_priorities", None)
             if update is not None:
                 update(batch["index"], bellman_errors(values.detach(), batch["action"], target))
         return bellman_loss(values, batch["action"], target, batch.get("weight"), self.loss_kind)
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Copy into the target network when it is time; here, after any checkpoint of the step before."""
+    # A training step of several updates
+
+    def configure_callbacks(self) -> list[Callback]:
+        """None; Lightning asks for them before it refuses to clip for a module that optimizes by hand."""
+        if self.trainer.state.fn == "fit":
+            self.automatic_optimization = True
+        return []
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The recipe's optimizer over all trainable parameters, its schedule in updates."""
+        self.automatic_optimization = self.updates_per_step == 1
+        if not self.automatic_optimization and self.trainer.accumulate_grad_batches > 1:
+            raise ValueError(
+                "trainer.accumulate_grad_batches gathers gradients of several batches for an update, updates_per_step "
+                "makes several updates: set one of them to 1"
+            )
+        return configure_optimizers(self, self.optimizer, self.scheduler, updates=self.updates_per_step)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of a batch, or of the last of several, after an optimizer step for each of them."""
+        if self.automatic_optimization:
+            self._refresh_target()
+            return super().training_step(batch, batch_idx)
+        self.hear(batch)
+        optimizer, schedule = (
+            cast(LightningOptimizer, self.optimizers()),
+            cast(LRScheduler | None, self.lr_schedulers()),
+        )
+        losses = [self._update(part, optimizer, schedule) for part in self._parts(batch)]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (batch_idx + 1) % every == 0:
+            self.log_training(losses[-1])
+        return losses[-1]
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """The U batches of one; fewer where the run's last step comes before."""
+        shape = tuple(batch["reward"].shape)
+        if len(shape) != 2 or shape[0] != self.updates_per_step:
+            raise ValueError(
+                f"updates_per_step={self.updates_per_step}, so that a training batch must hold rewards "
+                f"({self.updates_per_step}, N): got {shape}. Set updates_per_step of the data module to the same"
+            )
+        split = {name: tensor.unbind() for name, tensor in batch.items() if name not in NEWS}
+        last = self.trainer.max_steps
+        count = shape[0] if last < 0 else min(shape[0], last - self.global_step)
+        return [{name: parts[number] for name, parts in split.items()} for number in range(count)]
+
+    def _update(self, batch: Batch, optimizer: LightningOptimizer, schedule: LRScheduler | None) -> Tensor:
+        """An optimizer step; the batch's loss before it."""
+        self._refresh_target()
+        optimizer.zero_grad()
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        return loss.detach()
+
+    def on_before_optimizer_step(self, optimizer: optim.Optimizer) -> None:
+        """Clip as the trainer is told to, which it does by itself only where it optimizes by itself."""
+        if not self.automatic_optimization:
+            self.clip_gradients(optimizer)
+
+    def _refresh_target(self) -> None:
+        """Copy into the target network when it is time: before an update, and so after any checkpoint."""
         if self.global_step % self.target_every == 0:
             copy_into(self.target_network, self.network, self.target_share)
 

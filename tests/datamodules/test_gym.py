@@ -103,6 +103,18 @@ def test_the_model_says_how_much_to_explore_after_the_random_steps():
     assert asked[-1] < 56
 
 
+@pytest.mark.parametrize("together", [2, 6])
+def test_batches_that_are_handed_over_together_are_the_same(together):
+    one, several = replay(), replay(updates_per_step=together)
+    single, grouped = list(one.train_dataloader()), list(several.train_dataloader())
+    assert len(several.train_dataloader()) == len(grouped) == 24 // together
+    assert grouped[0]["obs"].shape == (together, 8, 4)
+    for number, batch in enumerate(single):
+        group = grouped[number // together]
+        assert all(torch.equal(batch[name], group[name][number % together]) for name in ("obs", "action", "reward"))
+    assert [batch["steps"] for batch in single if "steps" in batch] == [b["steps"] for b in grouped if "steps" in b]
+
+
 @pytest.mark.parametrize("exponent", [0.0, 0.6])
 @pytest.mark.parametrize("stop", [1, 3, 6, 17, 23])
 def test_a_resumed_run_goes_on_with_the_same_batches(stop, exponent, tmp_path):
@@ -317,6 +329,8 @@ def test_games_are_evaluated_without_clipping_and_trained_with_it(pong, monkeypa
         ({"discount": 1.5}, r"discount=1.5 must be in \[0, 1\]"),
         ({"epoch_steps": 10, "collect_steps": 20}, "epoch_steps=10 must be at least collect_steps=20"),
         ({"importance_exponent": 2.0}, "importance_exponent=2.0"),
+        ({"updates": 6, "updates_per_step": 4}, "updates_per_step=4 must divide updates=6"),
+        ({"updates_per_step": 2, "priority_exponent": 0.6}, "updates_per_step=2 must be 1 with priority_exponent=0.6"),
     ],
 )
 def test_wrong_numbers_are_named(arguments, message):

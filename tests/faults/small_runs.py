@@ -19,11 +19,15 @@ from zoo.running.starting import finish, prepare
 
 FILES = tempfile.TemporaryDirectory()  # meshes and videos, written once for all tests of a process
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+SMALL_RCNN = ("data.train_size 24", "data.val_size 24", "data.test_size 24", "data.batch_size 4", "data.size [64,64]",
+              "model.min_size 64", "model.max_size 64", "model.fpn_channels 16")  # fmt: skip
 # Of each task the recipe, and what makes it small.
 TASKS = {
     "classification": ("lenet/embedded", "data.image_size 8", "model.image_size 8", "data.batch_size 128"),
     "detection": ("single_stage/embedded", "data.train_size 24", "data.val_size 8", "data.test_size 24",
                   "data.batch_size 8", "data.size [96,96]", "model.image_size 96", "model.width 0.35"),
+    "masks": ("mask_rcnn/embedded", *SMALL_RCNN),
+    "keypoints": ("keypoint_rcnn/embedded", *SMALL_RCNN),
     "captioning": ("captioning_lstm/embedded", "data.train_size 32", "data.val_size 8", "data.test_size 24",
                    "data.batch_size 16", "model.hidden_dim 16"),
     "generation": ("vae/embedded", "data.batch_size 128", "model.hidden 32"),
@@ -33,8 +37,8 @@ TASKS = {
     "video": ("frame_fusion/embedded", "data.train_size 32", "data.val_size 8", "data.test_size 24",
               "data.batch_size 8", f"data.root {FILES.name}/videos"),
     "control": ("dqn/embedded", "data.val_episodes 2", "data.test_episodes 2", "data.eval_envs 2", "model.hidden [8]",
-                "data.learning_starts 64", "data.collect_steps 64", "data.updates 4", "data.epoch_steps 256",
-                "data.capacity 400"),
+                "data.learning_starts 64", "data.collect_steps 64", "data.updates 8", "data.updates_per_step 2",
+                "data.epoch_steps 256", "data.capacity 400"),
 }  # fmt: skip
 
 

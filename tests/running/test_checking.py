@@ -326,6 +326,16 @@ def change_training(monkeypatch, change):
     monkeypatch.setattr(datamodules.ScenesDataModule, "train_dataloader", lambda self: Changed(original(self)))
 
 
+@pytest.mark.parametrize("recipe", ["dqn/embedded", "reinforce/embedded"])
+def test_a_policy_is_checked_on_what_it_collects(recipe):
+    pytest.importorskip("gymnasium")
+    rows = {row.name: row for row in check(recipe, ["--data.init_args.learning_starts=100"][recipe[0] == "r" :], 3)}
+    assert "failed" not in {row.state for row in rows.values()}
+    assert rows["gradients"].state == "ok"
+    assert rows["10 samples by heart"].state == ("ok" if recipe[0] == "d" else "skipped")
+    assert "experience" in rows["first batch"].found
+
+
 def test_boxes_that_leave_their_pictures_fail(monkeypatch):
     change_training(monkeypatch, lambda target: target | {"boxes": target["boxes"] + 40})
     found, said = of_objects()

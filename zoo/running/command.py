@@ -39,7 +39,8 @@ from zoo.running.resume import ExactResume, Other
 from zoo.running.views import TestTimeAugmentation
 from zoo.weights import read_weights
 
-LINKED = ("num_classes", "class_names", "words", "observation_shape", "num_actions", "discount")  # told by the data
+# told by the data
+LINKED = ("num_classes", "class_names", "words", "observation_shape", "num_actions", "discount", "updates_per_step")
 
 
 class RecipeCLI(LightningCLI):
@@ -122,7 +123,9 @@ class RecipeCLI(LightningCLI):
         try:
             for fact in LINKED:
                 if f"model.{fact}" in options or any(recipes.sets(path, f"model.{fact}") for path in files):
-                    raise RecipeError(f"‹model.init_args.{fact}› comes from the data: choose another data module")
+                    raise RecipeError(
+                        f"‹model.init_args.{fact}› comes from the data: set it there, or choose another data module"
+                    )
             self.config = parser.parse_args(args)
             _check_values(self.config[self.config["subcommand"]])
         except RecipeError as error:

@@ -27,11 +27,13 @@ def configure_optimizers(
     optimizer: OptimizerCallable,
     scheduler: SchedulerCallable | None,
     part: Module | None = None,
+    updates: int = 1,
 ) -> OptimizerLRScheduler:
     """Build a module's optimizer over its trainable parameters, and its schedule over the run's steps.
 
     Under :class:`FreezeBackbone` the backbone has a group of its own, with its share of the rate. With ``part`` only
-    the parameters of that part are taken, for a module of several optimizers.
+    the parameters of that part are taken, for a module of several optimizers. ``updates`` are the optimizer steps of a
+    training step, more than one only where a module makes them by itself.
 
     Raises:
         ValueError: Optimizer, schedule and trainer do not go together; it says how to mend that.
@@ -51,10 +53,16 @@ def configure_optimizers(
         return built
     if trainer.estimated_stepping_batches == math.inf:
         raise ValueError("a schedule needs a run of known length: set trainer.max_epochs or trainer.max_steps")
-    steps = int(trainer.estimated_stepping_batches)
+    steps = _steps(trainer, updates)
     schedule = scheduler(built, steps)
     _refuse_other_numbers(schedule, steps)
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _steps(trainer: Trainer, updates: int) -> int:
+    """Optimizer steps of a run of known length, ``updates`` in each training step."""
+    steps = int(trainer.estimated_stepping_batches) * updates
+    return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
 
 
 def _parameters(module: LightningModule, trainer: Trainer) -> list[Any]:
@@ -182,11 +190,12 @@ def plan(trainer: Trainer) -> str:
     batches makes that k times as many samples per optimizer step; the rate stays as the recipe states it.
     """
     accumulated = trainer.accumulate_grad_batches
+    updates = getattr(trainer.lightning_module, "updates_per_step", 1)
     facts = [_batch(trainer.train_dataloader, trainer.world_size, accumulated)]
     if trainer.num_training_batches != math.inf:
-        facts.append(f"{math.ceil(trainer.num_training_batches / accumulated)} steps per epoch")
+        facts.append(f"{math.ceil(trainer.num_training_batches / accumulated) * updates} steps per epoch")
     if trainer.estimated_stepping_batches != math.inf:
-        facts.append(f"{int(trainer.estimated_stepping_batches)} steps")
+        facts.append(f"{_steps(trainer, updates)} steps")
     for config in trainer.lr_scheduler_configs:
         if warmup := _warmup(config.scheduler):
             facts.append(f"warm-up {warmup} steps")

@@ -108,19 +108,24 @@ class ControlTask(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch; it is logged, with what collecting gave, only at the steps that reach a logger."""
+        self.hear(batch)
+        loss = self.loss(batch)
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.global_step + 1) % every == 0:
+            self.log_training(loss)
+        return loss
+
+    def hear(self, batch: Batch) -> None:
+        """Take down what a training batch tells of the collecting."""
         if "steps" in batch:
             self._steps = int(batch["steps"])
         if "returns" in batch and len(batch["returns"]):
             returns = batch["returns"].tolist()
             self._returns += returns
             self._curve.episodes.append((self._steps, sum(returns) / len(returns)))
-        loss = self.loss(batch)
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (self.global_step + 1) % every == 0:
-            self._log_training(loss)
-        return loss
 
-    def _log_training(self, loss: Tensor) -> None:
+    def log_training(self, loss: Tensor) -> None:
+        """Log a loss, and what collecting gave since the last time."""
         epsilon = self.exploration(self._steps)
         self._curve.epsilon.append((self._steps, epsilon))
         self.log("train/loss", loss, prog_bar=True)
