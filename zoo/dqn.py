@@ -176,14 +176,21 @@ def bellman_loss(
     Raises:
         ValueError: The shapes do not fit, or there is no such loss.
     """
-    errors = bellman_errors(values, action, target)
+    if weight is not None:
+        _check(values, weight=weight)
+    return loss_of_errors(bellman_errors(values, action, target), weight, loss)
+
+
+def loss_of_errors(errors: Tensor, weight: Tensor | None = None, loss: Loss = "huber") -> Tensor:
+    """:func:`bellman_loss` of errors (N,) that are known already.
+
+    Raises:
+        ValueError: There is no such loss.
+    """
     if loss not in ("huber", "squared"):
         raise ValueError(f"loss={loss!r} must be 'huber' or 'squared'")
     losses = errors.square() if loss == "squared" else F.huber_loss(errors, torch.zeros_like(errors), reduction="none")
-    if weight is None:
-        return losses.mean()
-    _check(values, weight=weight)
-    return (weight * losses).mean()
+    return losses.mean() if weight is None else (weight * losses).mean()
 
 
 def epsilon(step: int, start: float, end: float, steps: int) -> float:
@@ -313,12 +320,15 @@ class DQN(ControlTask):
         discount = batch.get("discount")
         discount = torch.full_like(reward, self.discount) if discount is None else discount
         target = bellman_targets(reward, batch["terminated"], discount, next_values, next_online)
-        values = self.network(batch["obs"])
+        errors = bellman_errors(self.network(batch["obs"]), batch["action"], target)
         if "index" in batch:
             update: Any = getattr(getattr(self._trainer, "datamodule", None), "update_priorities", None)
             if update is not None:
-                update(batch["index"], bellman_errors(values.detach(), batch["action"], target))
-        return bellman_loss(values, batch["action"], target, batch.get("weight"), self.loss_kind)
+                update(batch["index"], errors.detach())
+        weight = batch.get("weight")
+        if weight is not None:
+            _check(next_values, weight=weight)
+        return loss_of_errors(errors, weight, self.loss_kind)
 
     # A training step of several updates
 
