@@ -30,7 +30,7 @@ run: $(VENV)/.installed  ## train LeNet-5 on real digits and hold the result aga
 	$(BIN)/zoo reproduce lenet/embedded
 
 test: $(VENV)/.installed-test  ## the tests that run in minutes, on all processors
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 test-slow: $(VENV)/.installed-test  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -130,9 +130,12 @@ BY_HEART = {
 
 
 def each(*slow: str) -> pytest.MarkDecorator:
-    """All architectures; those named are asked by ``make test-slow``."""
-    marks = {name: [pytest.mark.slow] for name in slow}
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks.get(name, [])) for name in ARCHITECTURES])
+    """All architectures; those named are asked by ``make test-slow``.
+
+    Those of one architecture run in one process, so that :func:`trained` trains it once.
+    """
+    marks = {name: [pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name in slow)] for name in ARCHITECTURES}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks[name]) for name in ARCHITECTURES])
 
 
 EVERY = each()
@@ -140,6 +143,7 @@ LIKE_FASTER_RCNN = ("KeypointRCNN", "MaskRCNN")  # it and a head: their training
 LIKE_RESNET = ("AlexNet", "GoogLeNet", "SqueezeNet", "VGG")  # torchvision's, of the same task, and larger
 LIKE_FRAME_FUSION = ("C3D", "CNNLSTM", "I3D", "SlowFast")  # the same task, with larger networks
 LARGE = (*LIKE_FASTER_RCNN, *LIKE_RESNET, *LIKE_FRAME_FUSION)  # what others of their task show is asked less often
+LARGER = ("FasterRCNN", *LARGE)  # TwoStageDetector is the same task and the same two stages, and smaller
 SMALL_NETWORKS = (
     "DQN", "DeepConvNet", "FullyConnectedNet", "KNearestNeighbors", "LeNet", "LinearClassifier", "PreActResNet"
 )  # fmt: skip
@@ -281,7 +285,7 @@ def test_it_is_final_documented_and_takes_plain_arguments(name):
     assert {"optimizer", "scheduler", "weights"} <= set(parameters)
 
 
-@each(*LARGE)
+@each(*LARGER)
 def test_fast_dev_run_of_every_command(name, tmp_path):
     model, _ = build(name)
     zoo.save(model, tmp_path / "start.safetensors")
@@ -321,7 +325,7 @@ def test_it_starts_at_the_loss_of_chance_and_overfits_one_batch(name):
     assert min(losses.values[-5:]) - least < left * (losses.values[0] - least)
 
 
-@each(*LIKE_FASTER_RCNN, *LIKE_FRAME_FUSION)
+@each(*LARGE)
 def test_a_checkpoint_gives_the_same_outputs_bit_for_bit_also_through_safetensors(name, trained, tmp_path):
     path, model, data = trained
     torch.load(path, weights_only=True)
@@ -346,7 +350,7 @@ class StopAfter(Callback):
             trainer._signal_connector.received_sigterm = True
 
 
-@each("Pix2Mesh", *LARGE)
+@each("Pix2Mesh", *LARGER)
 def test_stopped_in_the_middle_of_an_epoch_and_resumed_it_ends_with_the_same_weights(name, tmp_path):
     straight, data = build(name)
     reference = fit(straight, data, limit_train_batches=4)
@@ -370,9 +374,12 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed_it_ends_with_the_same_wei
         pytest.param(
             name,
             samples,
-            marks=[pytest.mark.slow] * (name in LARGE or name not in few),
+            marks=[pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name in LARGE or name not in few)],
         )
-        for samples, few in ((1, ("FasterRCNN", "LeNet", "YOLOv3")), (21, ARCHITECTURES))
+        for samples, few in (
+            (1, ("FasterRCNN", "LeNet", "YOLOv3")),
+            (21, [name for name in ARCHITECTURES if name != "FasterRCNN"]),
+        )
         for name in ARCHITECTURES
     ],
 )
@@ -410,7 +417,7 @@ def test_every_parameter_gets_a_gradient(name):
     assert unused.names == []
 
 
-@each(*LARGE)
+@each(*LARGER)
 def test_fine_tuning_to_another_number_of_classes_replaces_the_head_and_only_the_head(name, trained):
     path, model, _ = trained
     if "num_classes" not in inspect.signature(type(model)).parameters:
@@ -428,7 +435,7 @@ def test_fine_tuning_to_another_number_of_classes_replaces_the_head_and_only_the
     assert same_weights(again, model), "the head of as many classes is kept"
 
 
-@each(*LARGE)
+@each(*LARGER)
 def test_it_trains_in_a_plain_trainer_with_a_foreign_loader(name):
     model, data = build(name)
     control = task_of(name) == "control"  # it learns from experience and is evaluated by the returns of episodes
@@ -441,7 +448,7 @@ def test_it_trains_in_a_plain_trainer_with_a_foreign_loader(name):
     )
 
 
-@EVERY
+@each(*LARGE)
 def test_bf16_autocast_gives_a_finite_loss(name):
     losses = Losses()
     collected_whole = task_of(name) == "control" and name != "DQN"  # a batch is what the policy has just done
@@ -450,7 +457,7 @@ def test_bf16_autocast_gives_a_finite_loss(name):
     assert math.isfinite(losses.values[0])
 
 
-@EVERY
+@each(*LARGER)
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(name):
     model, data = build(name)
     with torch.no_grad():
@@ -459,7 +466,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(name):
         fit(model, data, [StopOnNonFiniteLoss()])
 
 
-@each(*LARGE)
+@each(*LARGER)
 def test_predict_writes_what_a_person_can_look_at(name, trained, tmp_path):
     path, _, _ = trained
     assert main(["predict", f"{folder_of(name)}/embedded", "--ckpt_path", str(path), *small(name)]) == 0
@@ -471,7 +478,7 @@ def test_predict_writes_what_a_person_can_look_at(name, trained, tmp_path):
         assert len(set(picture.convert("L").tobytes())) > 20, "an empty picture"
 
 
-@each("GoogLeNet", "Pix2Mesh", *LIKE_FRAME_FUSION)
+@each("Pix2Mesh", *LARGE)
 def test_it_exports_and_gives_the_same_outputs(name, trained, tmp_path):
     path, model, data = trained
     images = example(model, data, 5)
@@ -479,7 +486,7 @@ def test_it_exports_and_gives_the_same_outputs(name, trained, tmp_path):
     torch.testing.assert_close(program.module()(images), model(images), rtol=1e-5, atol=1e-5)
 
 
-@each("GoogLeNet", "Pix2Mesh", *LIKE_FRAME_FUSION)
+@each("Pix2Mesh", *LARGE)
 def test_it_exports_to_onnx_and_gives_the_same_outputs(name, trained, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     path, model, data = trained

@@ -12,7 +12,7 @@ from zoo.mask_rcnn import MaskRCNN
 SIZES = {"min_size": 64, "max_size": 96}
 PAIRS = [
     ("resnet50", "maskrcnn_resnet50_fpn", 44_401_393),
-    ("resnet50_v2", "maskrcnn_resnet50_fpn_v2", 46_359_409),
+    pytest.param("resnet50_v2", "maskrcnn_resnet50_fpn_v2", 46_359_409, marks=pytest.mark.slow),
 ]
 
 
