@@ -134,7 +134,10 @@ def test_predictions_are_names_with_the_mean_probability_of_the_views(model):
         assert prediction["class_name"] == NAMES[row.argmax()]
         assert prediction["probability"] == pytest.approx(row.max().item(), abs=1e-6)
         assert [name for name, _ in prediction["top"]] == [NAMES[k] for k in row.argsort(descending=True)[:5]]
-    assert len(to_png(model.draw_predictions((clips, labels), predictions))) > 10_000
+    figure = model.draw_predictions((clips, labels), predictions)
+    said = [axes.texts[0].get_text().rpartition("\nis ")[2] for axes in figure.axes]
+    assert said == [NAMES[label] for label in labels]
+    assert len(to_png(figure)) > 10_000
 
 
 def test_as_many_names_as_classes_are_wanted():

@@ -203,14 +203,16 @@ class VideoTask(LightningModule):
         return best_classes(self.log_probabilities(clips).exp(), self.class_names)
 
     def draw_predictions(self, batch: tuple[Tensor, Tensor] | Tensor, predictions: list[dict[str, Any]]) -> Any:
-        """A sheet with frames of the first clips of a batch and their best three classes; wrong ones in red."""
+        """A sheet with frames of the first clips of a batch, their best three classes and the true one; wrong in red."""
         clips, labels = (batch, None) if isinstance(batch, Tensor) else batch
         clips = clips[:, clips.shape[1] // 2] if clips.ndim == 6 else clips
-        shown = predictions[:SHOWN]
-        wrong = None
+        shown, wrong = predictions[:SHOWN], None
+        captions = [best_three(prediction) for prediction in shown]
         if labels is not None:
-            wrong = [p["class_name"] != self.class_names[k] for p, k in zip(shown, labels.tolist(), strict=False)]
-        return clips_figure(list(clips[: len(shown)]), [best_three(p) for p in shown], "predictions", wrong)
+            names = [self.class_names[label] for label in labels[: len(shown)].tolist()]
+            wrong = [p["class_name"] != name for p, name in zip(shown, names, strict=True)]
+            captions = [f"{caption}\nis {name}" for caption, name in zip(captions, names, strict=True)]
+        return clips_figure(list(clips[: len(shown)]), captions, "predictions", wrong)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in the file what it is, so that ``zoo.load`` can rebuild it without a recipe."""
