@@ -203,7 +203,7 @@ class VideoTask(LightningModule):
         return best_classes(self.log_probabilities(clips).exp(), self.class_names)
 
     def draw_predictions(self, batch: tuple[Tensor, Tensor] | Tensor, predictions: list[dict[str, Any]]) -> Any:
-        """A sheet with frames of the first clips of a batch, their best three classes and the true one; wrong in red."""
+        """A sheet with frames of the first clips of a batch, their best three classes and the true one; wrong: red."""
         clips, labels = (batch, None) if isinstance(batch, Tensor) else batch
         clips = clips[:, clips.shape[1] // 2] if clips.ndim == 6 else clips
         shown, wrong = predictions[:SHOWN], None
