@@ -20,13 +20,13 @@ wrappers (AtariPreprocessing, FrameStackObservation; they need opencv).
 
 Seconds are the process's own, so that other work on the machine weighs less; only ratios mean something.
 
-Measured on 23 November 2026 on one thread of a 2-core server with a load of 6 to 15 (torch 2.14.1, Stable-Baselines3
-2.9.2, ale-py 0.12.1); learning in three rounds of 1,280 steps, the others in one, so that a tenth more or less means
-nothing:
+Measured on 23 November 2026 on one thread of a 2-core server with a load of 3 to 15 (torch 2.14.1, Stable-Baselines3
+2.9.2, ale-py 0.12.1); learning in five rounds, the others in one, so that a tenth more or less means nothing:
 
-    learning  plain 468 to 622, plain-8 471 to 547, sb3 301 to 346, zoo 358 to 462, lightning 333 to 450 steps/s;
-              zoo / plain 0.75, zoo / sb3 1.25, zoo / lightning 1.03. Not reached are 1.0 and 1.5: Lightning's own
-              loop costs as much as a third of an update of a network as small as this, and what the zoo adds nothing.
+    learning  plain 289 to 364, plain-8 282 to 340, sb3 211 to 305, zoo 280 to 394, lightning 241 to 361 steps/s;
+              medians of zoo / plain 1.06, zoo / sb3 1.50, zoo / lightning 1.24, and in five rounds before 1.08, 1.47
+              and 1.28. With an update in each training step they were 0.75, 1.25 and 1.03: Lightning's own loop costs
+              as much as a third of an update of a network as small as this.
     replay    1,232 batches/s of 7,075 bytes a transition; stacks held twice 2,281 of 56,448
     atari     wrappers 645, ale-py with 1 environment 839, with 8 1,308 agent steps/s
 """
