@@ -14,7 +14,8 @@ pytestmark = pytest.mark.faults
 
 SIZES = (21, 7, 5, 3, 2, 1)  # falling: some sets are cut where they are
 SECONDS = 60  # of an evaluation: no longer may it hang
-# Losses of tens or hundreds, in nats or 3000 times as the published code has them: a last digit of float32 is more.
+# Losses of tens or hundreds, in nats or 3000 times as the published code has them: a last digit of float32 is more. Of
+# meshes that is val/loss alone: 168.2 on 5 samples differs by 1.5e-5 on 2 processes, which is that digit.
 RELATIVE = {"captioning": 1e-6, "generation": 1e-6, "adversarial": 1e-6, "mesh": 1e-6}
 # Detectors, which see something, and what says so.
 SEEN = {"detection": "test/map", "masks": "test/mask_map", "keypoints": "test/keypoint_map"}
@@ -103,6 +104,9 @@ def test_metrics_do_not_depend_on_the_number_of_processes(task, tmp_path):
             for rank in range(processes):
                 found = json.loads((tmp_path / f"{processes}_{rank}_{samples}.json").read_text())
                 # Not a number are COCO's numbers without objects of a size, and distances of a single picture.
-                assert found == pytest.approx(alone, rel=RELATIVE.get(task, 0), abs=1e-6, nan_ok=True), (
-                    f"{processes} processes, {samples} samples"
-                )
+                for name, value in alone.items():
+                    relative = 0 if task == "mesh" and name != "val/loss" else RELATIVE.get(task, 0)
+                    assert found.pop(name) == pytest.approx(value, rel=relative, abs=1e-6, nan_ok=True), (
+                        f"{name}: {processes} processes, {samples} samples"
+                    )
+                assert not found
