@@ -137,21 +137,22 @@ def feature_inversion(
     images: Tensor,
     layer: str,
     steps: int = 200,
-    rate: float = 0.03,
-    smoothness: float = 1e-5,
+    rate: float = 0.05,
+    smoothness: float = 1e-4,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Synthesis:
     """What a layer remembers of pictures: from noise, the pictures to which it gives the same answer.
 
     argmin ‖Φ(x) - Φ₀‖² / ‖Φ₀‖² + smoothness · TV(x); Mahendran and Vedaldi, 2015, https://arxiv.org/abs/1412.0035.
+    What is learnt are frequencies, as by :func:`class_visualization`: on pixels the deeper layers gave noise.
 
     Args:
         model: The network.
         images: (N, C, H, W) in [0, 1].
         layer: Its name, as ``zoo show`` prints it.
         steps: So many.
-        rate: Adam's, in pixel values of [0, 1].
+        rate: Adam's, of frequencies whose share of the picture falls as f^-1.2.
         smoothness: Of the total variation.
         seed: Of the noise.
         progress: Is told the steps that are done, and all.
@@ -159,18 +160,19 @@ def feature_inversion(
     Raises:
         ValueError: There is no such layer.
     """
-    generator = torch.Generator().manual_seed(seed)
+    start = _first_spectrum(images.shape, torch.Generator().manual_seed(seed), images.device)
     with leaving_untouched(model):
         wanted = layer_outputs(model, images, [layer])[layer].detach()
         size = _sizes(wanted)
 
-        def loss(candidates: Tensor) -> Tensor:
+        def loss(spectrum: Tensor) -> Tensor:
+            candidates = _painted(spectrum, images.shape[1:])
             found = layer_outputs(model, candidates, [layer])[layer]
             terms = (found - wanted).flatten(1).square().sum(1) / size + smoothness * total_variation(candidates)
             return terms.sum()
 
-        start = _noise(tuple(images.shape), generator, images.device)
-        return Synthesis(*_descend(start, loss, steps, rate, progress))
+        spectrum, losses = _descend(start, loss, steps, rate, progress, bounded=False)
+    return Synthesis(_painted(spectrum, images.shape[1:]), losses)
 
 
 def deep_dream(
@@ -404,10 +406,6 @@ def _moved(
     matrix = [[cosine, -sine * height / width, shift[0]], [sine * width / height, cosine, shift[1]]]
     grid = F.affine_grid(images.new_tensor(matrix).expand(len(images), 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-
-
-def _noise(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    return torch.rand(shape, generator=generator).to(device)
 
 
 def _first_spectrum(shape: Sequence[int], generator: torch.Generator, device: torch.device) -> Tensor:
