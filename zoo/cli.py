@@ -174,6 +174,7 @@ def _show(arguments: list[str]) -> int:
         model = getattr(zoo, name)(**_constructor_arguments(name, rest))
     size = chosen.input or model.example_input_array.shape[1:]
     try:
+        model.to("meta")  # what was made from arrays is on the CPU
         rows = layer_table(model, torch.zeros(1, *size, device="meta"))
     except RuntimeError as error:
         arguments_of = ", ".join(_parameters(name))
