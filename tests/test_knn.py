@@ -16,6 +16,7 @@ from datamodules import DigitsDataModule
 from zoo import KNearestNeighbors
 from zoo.cli import main
 from zoo.knn import Neighbours, Votes, cross_validation, cross_validation_figure
+from zoo.layer_table import layer_table
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -242,3 +243,10 @@ def test_the_embedded_recipe_is_run_and_tested_by_its_checkpoints(tmp_path):
     checkpoint = tmp_path / "runs/knn/embedded/version_0/checkpoints/last.ckpt"
     assert main(["export", str(checkpoint), "--format", "safetensors"]) == 0
     assert len(zoo.load(checkpoint.with_suffix(".safetensors")).backbone.labels) == 1280
+
+
+def test_the_table_of_its_layers_is_made_without_values():
+    with torch.device("meta"):
+        model = KNearestNeighbors()
+    rows = layer_table(model, torch.zeros(1, 3, 32, 32, device="meta"))
+    assert sum(row.parameters for row in rows) == 1  # the votes' smoothing

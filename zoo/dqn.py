@@ -349,15 +349,13 @@ class DQN(ControlTask):
         return configure_optimizers(self, self.optimizer, self.scheduler, updates=self.updates_per_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of a batch, or of the last of several, after an optimizer step for each of them."""
+        """The loss of a batch; of several the last one's, after an optimizer step for each."""
         if self.automatic_optimization:
             self._refresh_target()
             return super().training_step(batch, batch_idx)
         self.hear(batch)
-        optimizer, schedule = (
-            cast(LightningOptimizer, self.optimizers()),
-            cast(LRScheduler | None, self.lr_schedulers()),
-        )
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        schedule = cast(LRScheduler | None, self.lr_schedulers())
         losses = [self._update(part, optimizer, schedule) for part in self._parts(batch)]
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (batch_idx + 1) % every == 0:

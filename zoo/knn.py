@@ -67,7 +67,8 @@ class Neighbours(nn.Module):
 
         In full precision whatever the run's is: in bf16 most distances would be equal.
         """
-        with torch.autocast(images.device.type, enabled=False):
+        device = "cpu" if images.is_meta else images.device.type  # autocast knows no meta tensors, as of `zoo show`
+        with torch.autocast(device, enabled=False):
             exact = torch.promote_types(images.dtype, torch.float32)
             queries = images.flatten(1).to(exact) * 255 - 127.5  # (N, D), around 0: smaller squares lose less below
             step = max(k, BLOCK // queries.shape[1])
