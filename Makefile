@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help run test test-slow test-faults lint benchmark wheel clean
+.PHONY: help run test test-slow test-faults test-oldest lint benchmark wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,12 @@ test-slow: $(VENV)/.installed-test  ## the tests that take longer
 test-faults: $(VENV)/.installed-test  ## faults injected into runs, files and downloads
 	$(BIN)/python -m pytest -n auto -m faults $(ARGS)
 
+# Video and torch of that age have wheels up to Python 3.12, NumPy and SciPy up to 3.11.
+test-oldest:  ## the quick tests, on the oldest versions that setup.cfg admits; in an environment of its own
+	$(MAKE) PYTHON=$(PYTHON) VENV=.venv-oldest .venv-oldest/bin/python
+	.venv-oldest/bin/pip install --quiet --constraint tests/oldest.txt --editable '.[test]'
+	.venv-oldest/bin/python -m pytest -n auto --dist loadgroup $(ARGS)
+
 lint: $(VENV)/.installed-lint  ## formatter, linter and type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -51,4 +57,4 @@ wheel: $(VENV)/.installed-test  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove the environment and what was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

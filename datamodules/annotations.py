@@ -17,7 +17,16 @@ from datamodules.picture_augmentation import Target, new_size
 from datamodules.pictures import Picture
 from datamodules.reading import KeptPictures, some
 
+SINGULAR = {"boxes": "box", "are": "is", "make": "makes", "occur": "occurs", "their": "its"}
 MEND = ". Mend it, or have such entries left out by --data.init_args.corrupt skip"
+
+
+def counted(number: int, things: str) -> str:
+    """A number of things, of which the first word is a plural: "2 boxes that are empty", "1 box that is empty"."""
+    if number != 1:
+        return f"{number:,} {things}"
+    noun, *rest = (SINGULAR.get(word, word) for word in things.split(" "))
+    return " ".join(["1", noun.removesuffix("s"), *rest])
 
 
 class Findings:
@@ -66,7 +75,7 @@ class Findings:
     def _line(self, reason: str, cases: int) -> str:
         told = self.examples.get(reason, [])
         more = f" and {len(told) - cases:,} more" if cases > 3 and len(told) > cases else ""
-        return f"{self.counts[reason]:,} {reason}" + (f": {'; '.join(told[:cases])}{more}" if told else "")
+        return counted(self.counts[reason], reason) + (f": {'; '.join(told[:cases])}{more}" if told else "")
 
 
 class FoundObject(NamedTuple):

@@ -349,7 +349,7 @@ def read_karpathy(path: Path, restval: bool, findings: dict[Split, Findings]) ->
             message += "sentences that have raw or tokens. (A file in COCO's own format is named by train_json)"
             findings[whose].refuse("pictures that make no sense", message)
         elif split == "restval" and not restval:
-            findings["train"].count("restval pictures left out", 1)
+            findings["train"].count("pictures of restval left out", 1)
         else:
             number = next((n for n in _values(entry, "cocoid", "imgid") if _is_id(n)), place)
             picture = Found(os.path.join(folder or "", name), number, [text for text in captions if text is not None])

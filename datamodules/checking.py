@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from datamodules.annotations import AnnotatedPictures, annotated_pixels
+from datamodules.annotations import AnnotatedPictures, annotated_pixels, counted
 from datamodules.caption_files import CaptionedPictures
 from datamodules.pictures import Picture
 from datamodules.reading import PictureSet, read_each
@@ -242,7 +242,7 @@ def _read_view(part: Views, index: int) -> None:
 
 
 def _line(what: str, cases: list[str]) -> list[str]:
-    return [f"{len(cases):,} {what}: {_some(cases, '; ')}"] if cases else []
+    return [f"{counted(len(cases), what)}: {_some(cases, '; ')}"] if cases else []
 
 
 def _some(cases: list[Any], between: str = ", ") -> str:

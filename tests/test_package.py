@@ -1,5 +1,6 @@
 """The wheel holds what an installation needs, and works in an empty folder."""
 
+import configparser
 import os
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,3 +75,17 @@ def test_list_and_a_recipe_run_from_an_empty_folder(installed, tmp_path):
         text=True,
     )
     assert where.stdout.startswith(str(site)), "the checkout was tested, not the wheel"
+
+
+def test_the_oldest_versions_that_are_tested_are_those_that_are_admitted():
+    pins = dict(line.split("==") for line in (ROOT / "tests" / "oldest.txt").read_text().splitlines() if "==" in line)
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"]
+    lines = [setup["options"]["install_requires"], *(extras[name] for name in extras if name != "lint")]
+    needs = [Requirement(line) for line in "\n".join(lines).splitlines() if ">=" in line and not line.startswith("#")]
+    bounds = {need.name: next(s.version for s in need.specifier if s.operator == ">=") for need in needs}
+    assert set(pins) == set(bounds)
+    for name, bound in bounds.items():
+        release = Version(bound).release
+        assert Version(pins[name]).release[: len(release)] == release, f"{name}: {pins[name]}, and from {bound} on"

@@ -329,7 +329,7 @@ def test_the_report_counts_what_there_is_and_what_is_lost(make):
     assert "57.1% of the words are not in the vocabulary" in report  # b c d e of a b c d e, a, a
     assert "5 words in the vocabulary" in report
     assert "2 captions without words left out" in report
-    assert "1 pictures without captions left out: c.png" in report
+    assert "1 picture without captions left out: c.png" in report
 
 
 WRONG = {
@@ -369,7 +369,7 @@ def test_missing_pictures_are_named_or_left_out(make, tmp_path):
         make(images, texts)
     module = make(images, texts, corrupt="skip")
     assert len(module.train_set) == 2
-    assert "1 pictures that are missing" in module.report()
+    assert "1 picture that is missing" in module.report()
     with pytest.raises(ValueError, match="there are no pictures in split train"):
         make([entry(6, "gone.png")], [caption(6)], corrupt="skip")
 
@@ -393,7 +393,7 @@ def test_unreadable_pictures_are_named_or_left_out(make, tmp_path, cache, conten
         module = make(images, texts, cache=cache, corrupt="skip")
     assert module.train_set.captions == [["A dog runs."], ["b"]]
     assert len(torch.cat([batch[0] for batch in train_images(module)])) == 2
-    assert "1 pictures that cannot be read" in module.report()
+    assert "1 picture that cannot be read" in module.report()
     assert "c" in module.words  # known before pictures are opened, and not changed by them
 
 
@@ -430,7 +430,7 @@ def test_karpathys_split_is_read_with_restval_as_training(tmp_path, restval):
     assert numbers == [[70, 71, 74] if restval else [70, 74], [72], [73]]
     assert module.test_set.captions == [["A test one.", "tokens only"]]
     assert module.test_set.path(0) == tmp_path / "val2014" / "3.png"
-    assert ("1 restval pictures left out" in module.report()) is not restval
+    assert ("1 picture of restval left out" in module.report()) is not restval
 
 
 def test_karpathys_file_of_flickr8k_has_no_folders_and_other_numbers(tmp_path):
@@ -461,7 +461,7 @@ def test_karpathys_entries_that_make_no_sense_are_named_or_left_out(tmp_path, wr
         data(tmp_path, val_size=0)
     module = data(tmp_path, val_size=0, corrupt="skip")
     assert len(module.train_set) == 2
-    assert "1 pictures that make no sense" in module.report()
+    assert "1 picture that makes no sense" in module.report()
 
 
 # Token files
@@ -484,8 +484,8 @@ def test_a_token_file_is_split_by_its_lists(tmp_path):
     parts = [[pictures.path(i).name for i in range(len(pictures))] for pictures in module._ready().values()]
     assert parts == [["d.png", "a.png"], ["b.png"], ["c.png"]]
     assert module.test_set.captions == [["A caption 0 of c .", "A caption 1 of c ."]]
-    assert "1 pictures on no list left out" in module.report()
-    assert "1 pictures without captions left out: gone.png" in module.report()
+    assert "1 picture on no list left out" in module.report()
+    assert "1 picture without captions left out: gone.png" in module.report()
 
 
 def test_a_token_file_without_lists_is_split_at_random_alike_every_time(tmp_path):

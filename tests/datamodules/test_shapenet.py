@@ -425,7 +425,7 @@ def test_lists_of_the_paper(shelf):
         f"{CHAIR}/a1/00", f"{CHAIR}/a1/02", f"{CHAIR}/b2/00", f"{CHAIR}/b2/01", f"{CHAIR}/b2/02", f"{TABLE}/d4/01"
     ]  # fmt: skip
     assert names(module, "test") == {"c3"}
-    assert "1 models that are on no list left out" in module.report()
+    assert "1 model that is on no list left out" in module.report()
     assert module.val_dataloader() == []
     held_out = data(shelf, val_size=1)
     assert len(names(held_out, "val")) == 1
@@ -449,7 +449,7 @@ def test_shapenets_own_table(shelf):
     module = data(shelf)
     module.setup("test")
     assert [names(module, split) for split in ("train", "val", "test")] == [{"a1", "d4"}, {"b2"}, {"e5"}]
-    assert "1 models on the list without renderings" in module.report()
+    assert "1 model on the list without renderings" in module.report()
 
 
 def test_some_categories_and_views(shelf):
@@ -483,51 +483,51 @@ def broken(root, kind):
     match kind:
         case "no faces":
             mesh.write_text(corner)
-            return "model.obj (has no faces|cannot be read as a mesh)", "1 surfaces that cannot be used"
+            return "model.obj (has no faces|cannot be read as a mesh)", "1 surface that cannot be used"
         case "empty":
             mesh.write_text("")
-            return "model.obj (has no faces|cannot be read as a mesh)", "1 surfaces that cannot be used"
+            return "model.obj (has no faces|cannot be read as a mesh)", "1 surface that cannot be used"
         case "nan":
             mesh.write_text("v 0 nan 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
-            return "model.obj has vertices that are not finite", "1 surfaces that cannot be used"
+            return "model.obj has vertices that are not finite", "1 surface that cannot be used"
         case "inf":
             mesh.write_text("v 0 1e300 0\nv 1e300 0 0\nv 0 1 0\nf 1 2 3\n")
-            return "model.obj has vertices that are not finite", "1 surfaces that cannot be used"
+            return "model.obj has vertices that are not finite", "1 surface that cannot be used"
         case "degenerate":
             mesh.write_text(corner + "f 1 2 2\nf 1 1 1\n")
-            return "model.obj has only degenerate triangles", "1 surfaces that cannot be used"
+            return "model.obj has only degenerate triangles", "1 surface that cannot be used"
         case "face without vertex":
             mesh.write_text(corner + "f 1 2 9\n")
-            return "model.obj", "1 surfaces that cannot be used"
+            return "model.obj", "1 surface that cannot be used"
         case "no mesh":
             mesh.unlink()
-            return "there is no mesh .*model.obj", "1 models without a mesh"
+            return "there is no mesh .*model.obj", "1 model without a mesh"
         case "no metadata":
             metadata.unlink()
-            return "rendering_metadata.txt is missing", "1 models without metadata"
+            return "rendering_metadata.txt is missing", "1 model without metadata"
         case "short metadata":
             metadata.write_text("\n".join(CAMERAS[:2]))
-            return "has 2 lines, none for the picture 02.png", "1 views without a camera"
+            return "has 2 lines, none for the picture 02.png", "1 view without a camera"
         case "words":
             metadata.write_text("\n".join([*CAMERAS[:2], "north up 0 far 25"]))
-            return "line 3 of .*metadata.txt is 'north up 0 far 25'", "1 views whose camera makes no sense"
+            return "line 3 of .*metadata.txt is 'north up 0 far 25'", "1 view whose camera makes no sense"
         case "turned":
             metadata.write_text("\n".join([*CAMERAS[:2], "10 20 5 0.8 25"]))
-            return "line 3 of .* expected azimuth", "1 views whose camera makes no sense"
+            return "line 3 of .* expected azimuth", "1 view whose camera makes no sense"
         case "no picture":
             (pictures / "01.png").unlink()
-            return "there is no picture .*01.png", "1 views without a picture"
+            return "there is no picture .*01.png", "1 view without a picture"
         case "no views":
             shutil.rmtree(pictures)
             pictures.mkdir()
             metadata.write_text("")
-            return "rendering has no picture 00.png", "1 models without views"
+            return "rendering has no picture 00.png", "1 model without views"
         case "cut picture":
             (pictures / "01.png").write_bytes((pictures / "01.png").read_bytes()[:60])
-            return "01.png cannot be read as a picture", "1 pictures that cannot be read"
+            return "01.png cannot be read as a picture", "1 picture that cannot be read"
         case "oblong":
             Image.new("RGBA", (20, 24)).save(pictures / "01.png")
-            return "01.png has 20 x 24 pixels: expected a square", "1 pictures that cannot be read"
+            return "01.png has 20 x 24 pixels: expected a square", "1 picture that cannot be read"
     raise AssertionError(kind)
 
 
@@ -545,7 +545,7 @@ def test_what_is_broken_is_named_or_left_out(shelf, kind):
         data(shelf)
     module = data(shelf, corrupt="skip")
     assert line in module.report()
-    wrong_view = line.split(" ", 1)[1].startswith(("views", "pictures"))
+    wrong_view = line.split(" ", 1)[1].startswith(("view ", "picture "))
     kind_of_view = {"short metadata": 1, "words": 1, "turned": 1, "no picture": 1, "cut picture": 1, "oblong": 1}
     assert wrong_view == (kind in kind_of_view)
     assert len(module.train_set.views) == 15 - (1 if wrong_view else 3)
@@ -572,7 +572,7 @@ def test_models_without_renderings_are_counted(tmp_path):
     shutil.rmtree(tmp_path / CHAIR / "b2" / "rendering")
     module = data(tmp_path)
     assert names(module, "train") == {"a1"}
-    assert f"1 models without renderings left out: {CHAIR}/b2" in module.report()
+    assert f"1 model without renderings left out: {CHAIR}/b2" in module.report()
 
 
 def test_the_second_version_of_meshes(tmp_path):

@@ -111,6 +111,8 @@ def test_a_video_that_begins_later_than_its_file_is_counted_from_its_first_frame
         assert video.duration == pytest.approx(1.2, abs=0.05)
 
 
+# Only the test writes it; turned videos are read by every version.
+@pytest.mark.skipif(not hasattr(av.VideoStream, "set_display_rotation"), reason="av cannot write a turned video yet")
 @pytest.mark.parametrize("turn", [90, -90, 180])
 def test_a_turned_video_is_upright_as_opencv_has_it(tmp_path, turn):
     path = write(tmp_path / "turned.mp4", 4, turn=turn, options={"crf": "1"})

@@ -162,7 +162,7 @@ def test_malformed_xml_is_named_or_left_out(tmp_path, text):
         data(tmp_path, val_size=0)
     module = data(tmp_path, val_size=0, corrupt="skip")
     assert module.train_set.names.tolist() == [b"a.jpg", b"c.jpg"]
-    assert "1 files that make no sense" in module.report()
+    assert "1 file that makes no sense" in module.report()
 
 
 WRONG = {
@@ -207,8 +207,8 @@ def test_boxes_without_area_and_outside_are_left_out(tmp_path):
     write(tmp_path, "a", [OBJECT, ("dog", 0, (9, 9, 8, 12)), ("dog", 0, (40, 1, 50, 5))])
     module = data(tmp_path, val_size=0)
     assert boxes(module) == [[2, 3, 12, 20]]
-    assert "1 boxes without area left out: object 2 of a.jpg" in module.report()
-    assert "1 boxes outside of their picture left out: object 3 of a.jpg" in module.report()
+    assert "1 box without area left out: object 2 of a.jpg" in module.report()
+    assert "1 box outside of its picture left out: object 3 of a.jpg" in module.report()
 
 
 def test_a_missing_set_is_named(tmp_path):
@@ -277,5 +277,5 @@ def test_bccds_xml_and_json_have_the_same_boxes(zoo_data):
         if len(wider) == len(expected["boxes"]):
             assert torch.equal(wider, expected["boxes"] - torch.tensor([1.0, 1.0, 0.0, 0.0]))
     # One of 2,805 boxes is a pixel wide by VOC's count, and has no area in the json.
-    assert "1 boxes without area left out" in ours[False].report()
+    assert "1 box without area left out" in ours[False].report()
     assert "2,805 objects" in ours[True].report()

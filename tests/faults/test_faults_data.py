@@ -259,4 +259,4 @@ def test_a_bad_mesh_is_named_or_left_out(mesh, message, tmp_path):
     module = ShapeNetDataModule(str(tmp_path), corrupt="skip", **options)
     module.setup("fit")
     assert len(module.train_set.views) == 2
-    assert "1 surfaces that cannot be used" in module.report()
+    assert "1 surface that cannot be used" in module.report()

@@ -45,14 +45,14 @@ def test_a_picture_in_two_splits_is_named_whatever_it_is_called():
     root = folder()
     shutil.copy(root / "train/cat/2.png", root / "val/cat/other.png")
     (line,) = images(root)
-    assert line == "1 samples are in two splits: set/train/cat/2.png (train) and set/val/cat/other.png (val)"
+    assert line == "1 sample is in two splits: set/train/cat/2.png (train) and set/val/cat/other.png (val)"
 
 
 def test_a_picture_in_two_classes_is_named():
     root = folder()
     shutil.copy(root / "train/cat/2.png", root / "train/dog/9.png")
     (line,) = images(root)
-    assert line == "1 samples are in two classes: set/train/cat/2.png (cat) and set/train/dog/9.png (dog)"
+    assert line == "1 sample is in two classes: set/train/cat/2.png (cat) and set/train/dog/9.png (dog)"
 
 
 def test_unreadable_pictures_are_all_named():
@@ -60,8 +60,8 @@ def test_unreadable_pictures_are_all_named():
     (root / "train/cat/1.png").write_bytes(b"")
     (root / "val/dog/3.png").write_text("<html>not found</html>")
     first, second = images(root)
-    assert first.startswith("1 files of split train that cannot be used: set/train/cat/1.png is empty")
-    assert second.startswith("1 files of split val that cannot be used: set/val/dog/3.png cannot be read as a picture")
+    assert first.startswith("1 file of split train that cannot be used: set/train/cat/1.png is empty")
+    assert second.startswith("1 file of split val that cannot be used: set/val/dog/3.png cannot be read as a picture")
 
 
 def test_classes_that_are_alike_or_missing_are_named():
@@ -104,7 +104,7 @@ def test_images_in_memory_are_compared_too():
             images[0], labels[0], labels[1] = images[1], (labels[1] + 1) % 10, labels[1]
 
     lines = spoil(relabel).check_samples()
-    assert any("samples are in two classes: image " in line for line in lines), lines
+    assert any("in two classes: image " in line for line in lines), lines
 
 
 def test_labels_that_are_no_class_stop_a_run_before_it_starts(monkeypatch, capsys):
@@ -165,10 +165,10 @@ def test_sound_annotations_have_nothing_wrong():
 @pytest.mark.parametrize(
     ("box", "message"),
     [
-        ((4, 4, 0, 5), "boxes without area left out: annotation 1 of 2.png"),
-        ((40, 4, 5, 5), "boxes outside of their picture left out: annotation 1 of 2.png"),
-        ((30, 4, 5, 5), "boxes beyond the edge of their picture, in training cut there: annotation 1 of 2.png"),
-        ((1, 2, "x", 5), "boxes that make no sense: coco/annotations/instances_train.json: annotation 1 has the box"),
+        ((4, 4, 0, 5), "box without area left out: annotation 1 of 2.png"),
+        ((40, 4, 5, 5), "box outside of its picture left out: annotation 1 of 2.png"),
+        ((30, 4, 5, 5), "box beyond the edge of its picture, in training cut there: annotation 1 of 2.png"),
+        ((1, 2, "x", 5), "box that makes no sense: coco/annotations/instances_train.json: annotation 1 has the box"),
     ],
 )
 def test_boxes_that_are_wrong_are_named(box, message):
@@ -193,7 +193,7 @@ def test_vocs_files_are_looked_at():
         Path("voc/Annotations").mkdir(exist_ok=True)
         Path(f"voc/Annotations/{number}.xml").write_text(xml.format(name, left) + "</object></annotation>")
     lines = VOCDataModule("voc", val_size=0, workers=0, corrupt="skip").check_samples()
-    assert any("1 boxes without area left out: object 1 of 1.png" in line for line in lines), lines
+    assert any("1 box without area left out: object 1 of 1.png" in line for line in lines), lines
     assert "nothing in training belongs to 1 of 2 classes: dog" in lines
 
 
@@ -226,7 +226,7 @@ def test_videos_are_looked_at():
     shutil.copy(second, next(Path("clips/val").iterdir()) / "again.mp4")
     lines = VideoFolderDataModule("clips", **options).check_samples()
     assert [line for line in lines if f"{first} is empty" in line], lines
-    assert [line for line in lines if "samples are in two splits" in line and f"{second} (train)" in line], lines
+    assert [line for line in lines if "in two splits" in line and f"{second} (train)" in line], lines
 
 
 def test_meshes_and_their_pictures_are_looked_at():
@@ -243,7 +243,7 @@ def test_meshes_and_their_pictures_are_looked_at():
     Path("shapes/ShapeNetRendering/03001627/d/rendering/rendering_metadata.txt").write_text("30 95 0 0.8 25\n")
     lines = ShapeNetDataModule("shapes", val_size=1, test_size=0, workers=0, corrupt="skip").check_samples()
     assert [line for line in lines if "b/model.obj has vertices that are not finite" in line], lines
-    assert [line for line in lines if "1 views whose camera makes no sense" in line], lines
+    assert [line for line in lines if "1 view whose camera makes no sense" in line], lines
 
 
 def test_environments_have_no_samples_to_look_at(capsys):
