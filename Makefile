@@ -38,7 +38,7 @@ test-slow: $(VENV)/.installed-test  ## the tests that take longer
 test-faults: $(VENV)/.installed-test  ## faults injected into runs, files and downloads
 	$(BIN)/python -m pytest -n auto -m faults $(ARGS)
 
-# Video and torch of that age have wheels up to Python 3.12, NumPy and SciPy up to 3.11.
+# SciPy and scikit-learn of that age have wheels up to Python 3.11: make test-oldest PYTHON=python3.11
 test-oldest:  ## the quick tests, on the oldest versions that setup.cfg admits; in an environment of its own
 	$(MAKE) PYTHON=$(PYTHON) VENV=.venv-oldest .venv-oldest/bin/python
 	.venv-oldest/bin/pip install --quiet --constraint tests/oldest.txt --editable '.[test]'

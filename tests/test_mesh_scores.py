@@ -145,7 +145,7 @@ def share(rank, world, folder, cuts, same_id):
     except ValueError as error:
         outcome = {"error": str(error)}
     (folder / f"{rank}.json").write_text(json.dumps(outcome))
-    distributed.destroy_process_group()
+    distributed.barrier()  # and no destroy_process_group(), in which torch 2.6 hangs at times
 
 
 def outcomes(folder, cuts, same_id=False):
