@@ -334,9 +334,8 @@ def test_it_learns_one_picture():
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-    with (
-        torch.inference_mode()
-    ):  # by the batch's own statistics, as in training: the steps are too few for running ones
+    # By the batch's own statistics, as in training: the steps are too few for running ones.
+    with torch.inference_mode():
         found = select(*(part[0] for part in network(squares)), anchors, (100, 160))
     # The best of each class: anchors that overlap with an object and are not its own are taught nothing, and may shout.
     best = [found["boxes"][found["labels"] == label][0] for label in (1, 3)]
