@@ -5,6 +5,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -210,18 +211,18 @@ def read_each(
     reader = WholePictures(read)
     problems: dict[int, str] = {}
     kept, places = [], np.zeros((total, 4), dtype=np.int64)
-    loader = data_loader(reader, chunks, workers)
-    for number, (chunk, (piece, outcomes)) in enumerate(zip(chunks, loader, strict=True)):
-        kept.append(piece.clone())  # out of the memory that is shared with the worker
-        start = 0
-        for index, outcome in zip(chunk, outcomes, strict=True):
-            if isinstance(outcome, OSError):
-                raise outcome
-            if isinstance(outcome, str):
-                problems[index] = outcome
-            else:
-                places[index] = number, start, *outcome
-                start += 3 * outcome[0] * outcome[1]
+    with once(reader, chunks, workers) as loader:
+        for number, (chunk, (piece, outcomes)) in enumerate(zip(chunks, loader, strict=True)):
+            kept.append(piece.clone())  # out of the memory that is shared with the worker
+            start = 0
+            for index, outcome in zip(chunk, outcomes, strict=True):
+                if isinstance(outcome, OSError):
+                    raise outcome
+                if isinstance(outcome, str):
+                    problems[index] = outcome
+                else:
+                    places[index] = number, start, *outcome
+                    start += 3 * outcome[0] * outcome[1]
     return problems, KeptPictures(kept, places) if keep else None
 
 
@@ -296,10 +297,8 @@ class AheadLoader(TensorLoader):
         # Both begin at the same place, since a generator does nothing before its first batch is taken.
         for result, rows in zip(self._reader, TensorLoader.__iter__(self), strict=True):  # type: ignore[arg-type]
             if isinstance(result, Exception):
-                try:
-                    raise ValueError(f"{result}{SKIP}") if isinstance(result, ValueError) else result
-                finally:
-                    del result  # its traceback leads to this frame: as a cycle it would keep the workers alive
+                _end_workers(self)  # who keeps the error, as a notebook does, would keep them too
+                raise ValueError(f"{result}{SKIP}") if isinstance(result, ValueError) else result
             yield result, rows
 
 
@@ -351,6 +350,23 @@ def data_loader(dataset: Dataset, jobs: Any, workers: int, pin_memory: bool = Fa
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its seed for the workers would else be drawn from the run's random numbers
     )
+
+
+@contextmanager
+def once(dataset: Dataset, jobs: Any, workers: int) -> Iterator[DataLoader]:
+    """A :func:`data_loader` whose workers end with the block, also where that ends by an error."""
+    loader = data_loader(dataset, jobs, workers)
+    try:
+        yield loader
+    finally:
+        _end_workers(loader)
+
+
+def _end_workers(loader: "DataLoader | AheadLoader") -> None:
+    """As Lightning does at the end of a run."""
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+    loader._iterator = None
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -26,7 +26,7 @@ from datamodules.reading import (
     CHUNK,
     AheadLoader,
     WholePictures,
-    data_loader,
+    once,
     problems_of_all,
     processors,
     read_each,
@@ -461,13 +461,13 @@ def _sample_each(surfaces: Surfaces, views: list[int], workers: int) -> dict[int
     """Sample the points of what views show, where it was not done before; what is wrong with the others, by view."""
     chunks = [views[start : start + CHUNK] for start in range(0, len(views), CHUNK)]
     problems: dict[int, str] = {}
-    loader = data_loader(WholePictures(_Sampled(surfaces)), chunks, workers)
-    for chunk, (_, outcomes) in zip(chunks, loader, strict=True):
-        for view, outcome in zip(chunk, outcomes, strict=True):
-            if isinstance(outcome, OSError):
-                raise outcome
-            if isinstance(outcome, str):
-                problems[view] = outcome
+    with once(WholePictures(_Sampled(surfaces)), chunks, workers) as loader:
+        for chunk, (_, outcomes) in zip(chunks, loader, strict=True):
+            for view, outcome in zip(chunk, outcomes, strict=True):
+                if isinstance(outcome, OSError):
+                    raise outcome
+                if isinstance(outcome, str):
+                    problems[view] = outcome
     return problems
 
 

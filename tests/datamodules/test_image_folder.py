@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 
 from datamodules import ImageFolderDataModule
 from datamodules.image_folder import _number, readable_names, stratified_order
+from datamodules.pictures import Picture
 from datamodules.reading import Crops, PictureLoader, PictureSet
 from datamodules.sampling import EvaluationBatches, TrainingBatches
 from zoo import LeNet
@@ -392,6 +393,19 @@ def test_a_corrupt_picture_is_refused_in_one_line_that_names_it(damaged, workers
     assert "--data.init_args.corrupt skip" in str(caught.value)
     with pytest.raises(ValueError, match=r"(003|004|001)\.jpg .*corrupt skip"):
         data(damaged, workers=workers, val_size=0, cache=True)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_workers_end_with_an_error_also_where_it_is_kept(damaged, monkeypatch, cache):
+    def fail(self, shrink=1):
+        raise PermissionError("not for you")
+
+    monkeypatch.setattr(Picture, "pixels", fail)  # the workers are forked
+    before = set(multiprocessing.active_children())
+    with pytest.raises(PermissionError, match="not for you") as kept:
+        batches(data(damaged, workers=2, val_size=0, cache=cache).train_dataloader())
+    assert set(multiprocessing.active_children()) <= before, "workers outlived their loader"
+    assert kept.tb is not None  # it leads to every frame from here to the loader, whose workers it would keep alive
 
 
 @WORKERS
