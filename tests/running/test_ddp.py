@@ -109,6 +109,28 @@ def test_the_command_runs_on_two_processes(tmp_path):
     assert len(content["random_states"]) == 2
 
 
+LEAVING = """
+import torch
+from zoo.cli import main
+
+small = ["--data.init_args.image_size", "8", "--model.init_args.image_size", "8", "--trainer.max_steps", "1"]
+assert main(["fit", "lenet/embedded", "--config", "ddp2", *small]) == 0
+for _ in range(200):
+    torch.distributed.all_reduce(torch.ones(1), async_op=True)
+"""
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 8), reason="before, torch cannot wait for its threads without a deadlock")
+def test_processes_end_well_with_exchanges_that_are_still_under_way(tmp_path):
+    """As torch's thread is for a moment after each: on a busy machine until the interpreter is gone."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    command = [sys.executable, "leaving.py"]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert "terminate called" not in result.stderr
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 @pytest.mark.parametrize("everyone", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_two_processes_asked_to_stop_save_once_and_end(tmp_path, everyone):
     """SIGTERM to the whole group, as a cluster sends it, and to one process alone."""

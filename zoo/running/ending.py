@@ -1,5 +1,6 @@
 """Processes of one run end together: when one dies, the others say which and why, and do not wait for it for ever."""
 
+import atexit
 import hmac
 import os
 import secrets
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 PATIENCE = 10.0  # seconds in which a process may end by its own error before it is ended
 CONNECTING = 30.0  # seconds
+GIVING_BACK = 0.2  # seconds; only of torch before 2.8
 SILENCE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # a machine that is lost is noticed after 40 s
 
 
@@ -62,6 +64,7 @@ class EndTogether(Callback):
         except OSError as error:
             rank_zero_warn(f"the processes cannot watch each other ({error}): if one dies, the others may hang")
         if self._peers:
+            atexit.register(self._let_go)
             threading.Thread(target=self._watch, args=(trainer.global_rank,), name="zoo-ending", daemon=True).start()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -82,6 +85,19 @@ class EndTogether(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say that this process ends well."""
         self._leave()
+
+    def _let_go(self) -> None:
+        """Let the threads that exchange tensors give them back while there is an interpreter to give them back to.
+
+        Else a run that has ended well is aborted now and then (https://github.com/pytorch/pytorch/issues/190489).
+        Where processes died no exchange comes to its end: nothing is waited for.
+        """
+        if not self._over or not torch.distributed.is_initialized():
+            return
+        if torch.__version__ < (2, 8):  # it waits for those threads, and keeps the lock that they wait for
+            time.sleep(GIVING_BACK)
+        else:
+            torch.distributed.destroy_process_group()
 
     def _connect(self, trainer: Trainer) -> None:
         rank, count = trainer.global_rank, trainer.world_size
