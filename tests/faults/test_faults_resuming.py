@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -209,6 +210,7 @@ def test_a_kill_between_the_two_files_of_an_epoch_changes_nothing():
         ("data.batch_size 64", "batch_size", "batch_size=128|global batch: 128, now 64"),
         ("data.split_seed 7", "split", "other samples|training samples"),
         ("data.val_size 100", "split", "other samples|training samples"),
+        ("model.optimizer.init_args.lr 0.01", "optimizer", "lr 0.002, now 0.01"),
     ],
 )
 def test_other_data_are_refused_with_the_words_that_ask_for_them(change, asked, message):
@@ -218,6 +220,7 @@ def test_other_data_are_refused_with_the_words_that_ask_for_them(change, asked, 
     child = Child(lambda: fit("classification", *more))
     assert child.wait(60) == 2, child.output
     assert f"--resume_with_other {asked}" in child.output
+    assert re.search(message, child.output), child.output
     assert "Traceback" not in child.output
     assert not list(Path("runs").glob("**/version_1")), "nothing is left of what was refused"
     child = Child(lambda: fit("classification", *more, f"resume_with_other {asked}"))

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 
 import datamodules
 from zoo import LeNet
 from zoo.running.checkpoint import SafeCheckpointIO, read_checkpoint
 from zoo.running.resume import ExactResume
+from zoo.running.schedules import Cosine, Linear
 
 ROOT = Path(__file__).parents[2]
 # Every step is saved, so that a kill at any moment lands in the middle of an epoch. Noise and momentum make any
@@ -192,3 +193,110 @@ def test_other_data_are_refused_unless_asked_for(tmp_path, kind, arguments, allo
     else:
         with pytest.warns(UserWarning, match="resumed on others, as asked"):
             assert fit(kind, steps + 2, tmp_path / "a.ckpt", **arguments).global_step == steps + 2
+
+
+def resumed_with(optimizer, scheduler, allowed=(), ckpt_path=None, max_steps=8, until=None, **more):
+    """A run of eight steps, or what of it was made until it was stopped."""
+    seed_everything(0, verbose=False)
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == until
+
+    class Rates(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.seen.append([group["lr"] for group in optimizer.param_groups])
+
+    rates = Rates()
+    trainer = Trainer(
+        callbacks=[ExactResume(allowed), Stop(), rates],
+        plugins=[SafeCheckpointIO()],
+        **options(max_steps=max_steps, enable_checkpointing=False, **more),
+    )
+    data = datamodules.DigitsDataModule(image_size=8, batch_size=256)
+    trainer.fit(LeNet(image_size=8, optimizer=optimizer, scheduler=scheduler), data, ckpt_path=ckpt_path)
+    return trainer, [rate for (rate,) in rates.seen]
+
+
+def sgd(lr, momentum=0.9):
+    return lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=momentum)
+
+
+SCHEDULES = {
+    "none": None,
+    "torch": torch.optim.lr_scheduler.CosineAnnealingLR,
+    "zoo": Cosine,
+    "sequence": lambda optimizer, steps: torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, 3), Cosine(optimizer, steps - 3)],
+        milestones=[3],
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_another_rate_is_refused_and_taken_where_it_is_asked_for(tmp_path, schedule):
+    """As asked, the rates that follow are those of a run with the new rate, and momentum is remembered."""
+    make = SCHEDULES[schedule]
+    stopped, _ = resumed_with(sgd(0.05), make, until=5)
+    stopped.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(
+        ValueError, match=r"lr 0\.05, now 0\.01; momentum 0\.9, now 0\.8\..*resume_with_other optimizer"
+    ):
+        resumed_with(sgd(0.01, 0.8), make, ckpt_path=tmp_path / "a.ckpt")
+    _, straight = resumed_with(sgd(0.01, 0.8), make)
+    with pytest.warns(UserWarning, match=r"as asked: lr 0\.05, now 0\.01; momentum 0\.9, now 0\.8"):
+        trainer, rates = resumed_with(sgd(0.01, 0.8), make, ["optimizer"], tmp_path / "a.ckpt")
+    assert rates == pytest.approx(straight[5:])
+    assert trainer.optimizers[0].param_groups[0]["momentum"] == 0.8
+    trainer.save_checkpoint(tmp_path / "b.ckpt")
+    resumed_with(sgd(0.01, 0.8), make, ckpt_path=tmp_path / "b.ckpt", max_steps=9)  # these are its settings now
+
+
+def test_what_an_optimizer_remembers_goes_on_with_another_rate(tmp_path):
+    resumed_with(sgd(0.05), None, until=5)[0].save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match="as asked"):
+        trainer, _ = resumed_with(sgd(0.0), None, ["optimizer"], tmp_path / "a.ckpt", max_steps=5)
+    before = read_checkpoint(tmp_path / "a.ckpt")["optimizer_states"][0]["state"]
+    for number, state in trainer.optimizers[0].state_dict()["state"].items():
+        assert torch.equal(state["momentum_buffer"], before[number]["momentum_buffer"])
+
+
+def test_another_schedule_of_the_same_kind_is_refused_and_taken_where_it_is_asked_for(tmp_path):
+    def ends_at(final):
+        return lambda optimizer, steps: Cosine(optimizer, steps, final=final)
+
+    resumed_with(sgd(0.05), ends_at(0.0), until=5)[0].save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"final 0\.0, now 0\.5"):
+        resumed_with(sgd(0.05), ends_at(0.5), ckpt_path=tmp_path / "a.ckpt")
+    _, straight = resumed_with(sgd(0.05), ends_at(0.5))
+    with pytest.warns(UserWarning, match="as asked"):
+        _, rates = resumed_with(sgd(0.05), ends_at(0.5), ["optimizer"], tmp_path / "a.ckpt")
+    assert rates[1:] == pytest.approx(straight[6:])  # the first was set before the kill
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule", "message"),
+    [
+        (torch.optim.Adam, Cosine, "SGD with Cosine, now Adam with Cosine"),
+        (sgd(0.05), None, "SGD with Cosine, now SGD"),
+        (sgd(0.05), Linear, "SGD with Cosine, now SGD with Linear"),
+    ],
+)
+def test_another_kind_of_optimizer_or_schedule_is_refused_also_where_it_is_asked_for(
+    tmp_path, optimizer, schedule, message
+):
+    resumed_with(sgd(0.05), Cosine, until=5)[0].save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=rf"{message}\. .*--model\.init_args\.weights FILE\)$"):
+        resumed_with(optimizer, schedule, ["optimizer"], tmp_path / "a.ckpt")
+
+
+def test_a_run_without_an_end_is_saved_and_goes_on(tmp_path):
+    trainer, _ = resumed_with(sgd(0.05), None, until=5, max_steps=-1, max_epochs=-1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert read_checkpoint(tmp_path / "a.ckpt")["planned_steps"] == -1
+    trainer, _ = resumed_with(sgd(0.05), None, (), tmp_path / "a.ckpt", until=9, max_steps=-1, max_epochs=-1)
+    assert trainer.global_step == 9

@@ -1,5 +1,6 @@
 """Exact resuming: the random state and the place in the data that Lightning leaves out."""
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -7,11 +8,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-Other = Literal["data_set", "split", "batch_size", "classes"]
-SAID: dict[Other, str] = {
+from zoo.running.optimizer_settings import Settings, changes, other_kinds, settings_of, take
+
+Other = Literal["data_set", "split", "batch_size", "classes", "optimizer"]
+SAID: dict[Other, str] = {  # of the data
     "data_set": "data set",
     "split": "training samples (split_seed, val_size, train_size, or the files themselves)",
     "batch_size": "global batch",
@@ -26,14 +30,16 @@ class ExactResume(Callback):
     whose place is saved (``datamodules.sampling``), a run that was killed and resumed ends with the weights of one that
     was not, to the last bit, on the same machine.
 
-    A run is not resumed on another data set, split, global batch or class list, unless that is asked for by name.
+    A run is not resumed on another data set, split, global batch or class list, nor with other settings of its
+    optimizer or schedule, unless that is asked for by name.
 
     Args:
-        allowed: What may be another one: ``data_set`` (and with it ``split``), ``split``, ``batch_size``, ``classes``.
-            Where the samples or the batch are, training goes on with the next batch of a fresh order.
+        allowed: What may be another one: ``data_set`` (and with it ``split``), ``split``, ``batch_size``, ``classes``,
+            ``optimizer``. Where the samples or the batch are, training goes on with the next batch of a fresh order.
+            Where the optimizer's settings are, it goes on with what it remembers and with the new settings.
 
     Raises:
-        ValueError: The data are not those that the checkpoint was trained on.
+        ValueError: The data are not those that the checkpoint was trained on, or the optimizer is another one.
     """
 
     def __init__(self, allowed: Sequence[Other] = ()) -> None:
@@ -43,6 +49,30 @@ class ExactResume(Callback):
         self._states: list[dict[str, Any]] | None = None
         self._gradients: dict[str, Tensor] = {}
         self._planned_steps: int | None = None
+        self._settings: Settings | None = None  # of this run
+        self._settings_before: Settings | None = None  # of the checkpoint
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse another optimizer, before Lightning restores into it what the checkpoint's remembers."""
+        before, self._settings = self._settings_before, settings_of(trainer)
+        if before is None:
+            return
+        if any(isinstance(each, StochasticWeightAveraging) for each in trainer.callbacks):  # type: ignore[attr-defined]
+            # Resumed after its beginning, it has dropped the schedule whose place it takes.
+            self._settings["schedules"] = self._settings["schedules"] or before["schedules"]
+        kinds = other_kinds(before, self._settings)
+        same_length = self._planned_steps == planned_steps(trainer)
+        found = [kinds] if kinds else changes(before, self._settings, same_length)
+        if not found:
+            self._settings_before = None
+        elif kinds or "optimizer" not in self.allowed:
+            asking = "" if kinds else ", or ask for it: --resume_with_other optimizer"
+            raise ValueError(
+                f"the checkpoint was trained with another optimizer or schedule: {'; '.join(found)}. Resume with the "
+                f"same, start anew from its weights (--model.init_args.weights FILE){asking}"
+            )
+        else:
+            rank_zero_warn(f"resumed with other settings, as asked: {'; '.join(found)}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gather the states of all processes: rank 0 alone writes the file."""
@@ -51,7 +81,8 @@ class ExactResume(Callback):
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, _random_state(pl_module.device))
         checkpoint["random_states"] = states
-        checkpoint["planned_steps"] = int(trainer.estimated_stepping_batches)
+        checkpoint["planned_steps"] = planned_steps(trainer)
+        checkpoint["optimizer_settings"] = self._settings
         checkpoint["trained_on"] = trained_on(trainer)
         if trainer.fit_loop._should_accumulate() and trainer.world_size == 1:
             gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
@@ -62,6 +93,7 @@ class ExactResume(Callback):
         self._states = checkpoint.get("random_states")
         self._gradients = checkpoint.get("gradients", {})
         self._planned_steps = checkpoint.get("planned_steps")
+        self._settings_before = checkpoint.get("optimizer_settings")
         self._trained_on = checkpoint.get("trained_on", {})
         if self.allowed:  # the loader would refuse the place of others: it is given only if they are the same
             loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
@@ -87,12 +119,15 @@ class ExactResume(Callback):
                 parameter.grad = self._gradients[name].to(parameter.device)
         self._gradients = {}
         planned, self._planned_steps = self._planned_steps, None
-        if planned is not None and planned != int(trainer.estimated_stepping_batches) and trainer.lr_scheduler_configs:
+        if planned is not None and planned != planned_steps(trainer) and trainer.lr_scheduler_configs:
             rank_zero_warn(
-                f"the resumed run was planned for {planned} steps, this one for {trainer.estimated_stepping_batches}: "
-                "its learning-rate schedule goes on as it was made, for the first number. For another length start "
-                "anew from the checkpoint with --model.init_args.weights"
+                f"the resumed run was planned for {planned} steps, this one for {planned_steps(trainer)}: its "
+                "learning-rate schedule goes on as it was made, for the first number; torch's cosine rises again after "
+                "them. For another length start anew from the checkpoint with --model.init_args.weights"
             )
+        before, self._settings_before = self._settings_before, None
+        if before is not None and self._settings is not None:
+            take(trainer, before, self._settings)
         states, self._states = self._states, None
         if states is None:
             if trainer.global_rank:  # else all processes would augment and drop out alike; rank 0 stays as it is alone
@@ -120,6 +155,12 @@ class ExactResume(Callback):
         if others:
             rank_zero_warn(f"resumed on others, as asked: {', '.join(SAID[n] for n in SAID if n in others)}")
         return others
+
+
+def planned_steps(trainer: Trainer) -> int:
+    """Optimizer steps of the run; -1 where it has no end."""
+    steps = trainer.estimated_stepping_batches
+    return -1 if steps == math.inf else int(steps)
 
 
 def trained_on(trainer: Trainer) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""What a run's optimizers and schedules were made with, in plain values: does a resumed run ask for something else?
+
+Lightning restores an optimizer with its settings, so that a rate that is asked for with ``--ckpt_path`` would be
+dropped without a word.
+"""
+
+import json
+from typing import Any
+
+from lightning import Trainer
+from torch import Tensor
+
+HOW = ("foreign", "fused", "capturable", "differentiable")  # a step is computed, not what it computes
+Settings = dict[str, list[dict[str, Any]]]
+
+
+def settings_of(trainer: Trainer) -> Settings:
+    """What optimizers and schedules were made with; to be asked before a checkpoint is restored into them.
+
+    Returns:
+        ``optimizers``, one entry for each group of parameters with its ``class``; ``schedules``, one for each.
+    """
+    groups = [(optimizer, group) for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+    return {
+        "optimizers": [{"class": type(optimizer).__name__} | _of_group(group) for optimizer, group in groups],
+        "schedules": [{"class": type(each).__name__} | _of_schedule(each.state_dict()) for each in schedules],
+    }
+
+
+def other_kinds(before: Settings, now: Settings) -> str:
+    """The classes of both, where they or the numbers of groups differ: nothing can be restored then."""
+    kinds = [[each["class"] for each in (*all_of["optimizers"], *all_of["schedules"])] for all_of in (before, now)]
+    return "" if kinds[0] == kinds[1] else " with ".join(kinds[0]) + ", now " + " with ".join(kinds[1])
+
+
+def changes(before: Settings, now: Settings, same_length: bool) -> list[str]:
+    """What differs between settings of the same kinds.
+
+    Args:
+        before: Of the checkpoint.
+        now: Of the run.
+        same_length: Whether both have as many steps; else what schedules derive from that differs too, and is not
+            looked at.
+    """
+    parts = ("optimizers", "schedules") if same_length else ("optimizers",)
+    pairs = [pair for part in parts for pair in zip(before[part], now[part], strict=True)]
+    said = [f"{key} {one[key]}, now {other[key]}" for one, other in pairs for key in _differing(one, other)]
+    return list(dict.fromkeys(said))
+
+
+def take(trainer: Trainer, before: Settings, now: Settings) -> None:
+    """Put the settings of the run in the place of the checkpoint's; the rates move in proportion."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    for group, was, wanted in zip(groups, before["optimizers"], now["optimizers"], strict=True):
+        group.update({key: wanted[key] for key in _differing(was, wanted) if key != "lr"})
+        group["lr"] = group["lr"] * (wanted["lr"] / was["lr"]) if was["lr"] else wanted["lr"]
+        if "initial_lr" in group:
+            group["initial_lr"] = wanted["lr"]
+    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+    # Averaging of weights has dropped its schedule by then.
+    for schedule, was, wanted in zip(schedules, before["schedules"], now["schedules"], strict=False):
+        _retune(schedule, was, wanted)
+
+
+def _retune(schedule: Any, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if hasattr(schedule, "base_lrs"):
+        schedule.base_lrs = [group.get("initial_lr", group["lr"]) for group in schedule.optimizer.param_groups]
+    for key in _differing(before, now):
+        if key != "_schedulers":
+            setattr(schedule, key, now[key])
+    parts = (getattr(schedule, "_schedulers", []), before.get("_schedulers", []), now.get("_schedulers", []))
+    for part, was, wanted in zip(*parts, strict=True):  # of a sequence of schedules
+        _retune(part, was, wanted)
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys that both have: another version of torch may know more."""
+    return [key for key in before if key in now and json.dumps(before[key]) != json.dumps(now[key])]
+
+
+def _of_group(group: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in group.items() if key not in ("params", "initial_lr", *HOW)}
+    return _plain(kept | {"lr": float(group.get("initial_lr", group["lr"]))})
+
+
+def _of_schedule(state: dict[str, Any]) -> dict[str, Any]:
+    """Without the rates, which are the optimizer's."""
+    kept = {key: value for key, value in state.items() if key not in ("base_lrs", "_last_lr")}
+    if "_schedulers" in kept:
+        kept["_schedulers"] = [_of_schedule(part) for part in kept["_schedulers"]]
+    return _plain(kept)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Those that can be written to a checkpoint and compared."""
+    simple = {key: _simple(value) for key, value in values.items()}
+    return {key: value for key, value in simple.items() if _is_plain(value)}
+
+
+def _simple(value: Any) -> Any:
+    """A number of a tensor of one; a dictionary of a Counter, as MultiStepLR keeps its milestones."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    return dict(value) if isinstance(value, dict) else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(each) for pair in value.items() for each in pair)
+    if isinstance(value, list | tuple):
+        return all(_is_plain(each) for each in value)
+    return value is None or isinstance(value, bool | int | float | str)
