@@ -4,6 +4,7 @@ import copy
 import hashlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -345,7 +346,7 @@ def data_loader(dataset: Dataset, jobs: Any, workers: int, pin_memory: bool = Fa
         batch_sampler=jobs,
         num_workers=workers,
         collate_fn=_as_it_is,
-        worker_init_fn=_leave_interrupts_to_the_parent,
+        worker_init_fn=_leave_signals_to_the_parent,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its seed for the workers would else be drawn from the run's random numbers
@@ -364,8 +365,9 @@ def once(dataset: Dataset, jobs: Any, workers: int) -> Iterator[DataLoader]:
 
 def _end_workers(loader: "DataLoader | AheadLoader") -> None:
     """As Lightning does at the end of a run."""
-    if loader._iterator is not None:
-        loader._iterator._shutdown_workers()
+    iterator: Any = loader._iterator
+    if iterator is not None:
+        iterator._shutdown_workers()
     loader._iterator = None
 
 
@@ -373,6 +375,21 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_interrupts_to_the_parent(worker: int) -> None:
-    """Ctrl+C reaches all processes of a terminal; the run may save and end in order as long as its workers go on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """What asks a run to stop is often sent to all its processes; it can save and end in order as long as these go on.
+
+    Ctrl+C reaches all processes of a terminal, and a cluster or systemd sends SIGTERM to a whole group.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has only the first
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # nor do all systems tell who has sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_asks, name="zoo-ending", daemon=True).start()
+
+
+def _end_when_the_parent_asks() -> None:
+    """So torch and multiprocessing end a worker that is stuck."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(128 + signal.SIGTERM)

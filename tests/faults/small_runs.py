@@ -68,8 +68,11 @@ def fit(
     callbacks: tuple[Callback, ...] = (),
     data_hooks: dict[str, Callable[..., None]] | None = None,
 ) -> None:
-    """The command ``zoo fit`` in this folder, with callbacks and hooks of the test's own; it ends the process."""
-    recipe, *small = TASKS[task]
+    """The command ``zoo fit`` in this folder, with callbacks and hooks of the test's own; it ends the process.
+
+    ``task`` is one of ``TASKS``, or a recipe's file.
+    """
+    recipe, *small = TASKS.get(task, (task,))
 
     def prepare_with_callbacks(*given):
         run = prepare(*given)

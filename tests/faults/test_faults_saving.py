@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -188,7 +189,9 @@ def test_last_is_the_last_by_the_step_inside_it():
     (folder / ".last.ckpt.0.partial.ckpt").write_bytes(b"")  # of a process that was killed while it saved
     later = time.time() + 100
     os.utime(folder / "last.ckpt", (later, later))
-    assert newest_checkpoint("some/recipe", "last").name == "best.ckpt"
+    for copy in ("version_3_backup", "version_1_0", "version_4x"):
+        shutil.copytree(folder.parent, folder.parents[1] / copy)
+    assert newest_checkpoint("some/recipe", "last") == folder / "best.ckpt"
     SafeCheckpointIO().save_checkpoint({"global_step": 7, "loops": {}}, folder / "last.ckpt")
     assert newest_checkpoint("some/recipe", "last").name == "last.ckpt"
     assert newest_checkpoint("some/recipe", "best").name == "best.ckpt"

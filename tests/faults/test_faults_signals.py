@@ -1,12 +1,16 @@
 """Signals, exceptions and deaths at any moment: a checkpoint is there, the status tells, the same command goes on."""
 
+import csv
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from lightning import Callback
+from PIL import Image
 from small_runs import Child, fit, together
 
 from zoo.running.checkpoint import read_checkpoint
@@ -85,6 +89,97 @@ def test_a_signal_to_one_process_or_to_the_group_ends_both_and_saves_once(number
     content = read_checkpoint(LAST)
     assert content["global_step"] == (STEPS + 4 if phase == "training" else 2 * STEPS)
     assert len(content["random_states"]) == 2
+
+
+PICTURES = """
+seed_everything: 0
+model: {class_path: zoo.LeNet, init_args: {in_channels: 3, image_size: 16}}
+data:
+  class_path: datamodules.ImageFolderDataModule
+  init_args: {root: pictures, image_size: 16, batch_size: 8, val_size: 8, workers: 2}
+trainer: {max_epochs: 3}
+expect: [{metric: test/accuracy, at_least: 0, source: a test}]
+"""
+
+
+def send_to_the_group(number):
+    """A signal to this process and its workers, sent by another one, as clusters, systemd and shells do."""
+
+    def act(trainer):
+        script = "import os, sys; os.killpg(int(sys.argv[1]), int(sys.argv[2]))"
+        subprocess.run([sys.executable, "-c", script, str(os.getpgrp()), str(int(number))], capture_output=True)
+        time.sleep(0.05)
+
+    return act
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_that_reaches_the_workers_too_saves_and_the_same_command_goes_on(number):
+    for place in range(64):
+        folder = Path("pictures") / "ab"[place % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (3 * place, 100, 255 - 3 * place)).save(folder / f"{place}.png")
+    Path("pictures.yaml").write_text(PICTURES)
+    last = Path("runs/pictures/version_0/checkpoints/last.ckpt")
+
+    def run():
+        os.setpgid(0, 0)
+        fit("pictures.yaml", callbacks=(At("on_before_optimizer_step", send_to_the_group(number)),))
+
+    child = Child(run)
+    assert child.wait(60) == 128 + number, child.output
+    assert "Traceback" not in child.output
+    assert read_checkpoint(last)["global_step"] == 7 + 4
+    child = Child(lambda: fit("pictures.yaml", "ckpt_path last"))
+    assert child.wait(60) == 0, child.output
+    assert read_checkpoint(str(last).replace("version_0", "version_1"))["global_step"] == 3 * 7
+
+
+class Twice(At):
+    """Sends a signal, and once more while the state is being saved."""
+
+    def __init__(self, number):
+        super().__init__("on_before_optimizer_step", send(number))
+        self.again = False
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        if self.done and not self.again:
+            self.again = True
+            self.act(trainer)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_is_repeated_while_the_state_is_saved_changes_nothing(number, processes):
+    shared = (f"trainer.devices {processes}", "trainer.accelerator cpu")
+    shared += ("trainer.strategy ddp",) if processes > 1 else ()
+    children = together(processes, lambda rank: train(Twice(number) if rank == 0 else None, *shared))
+    outputs = [f"{child.wait(60)} {child.output}" for child in children]
+    assert outputs[0].startswith(str(128 + number)), outputs
+    assert "asked to stop: saved" in outputs[0]
+    assert read_checkpoint(LAST)["global_step"] == STEPS + 4
+
+
+def validations(*versions):
+    """Step and loss of each validation of some runs."""
+    rows = []
+    for version in versions:
+        with Path(f"runs/lenet/embedded/version_{version}/metrics.csv").open(newline="") as file:
+            rows += [(row["step"], row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")]
+    return rows
+
+
+def test_a_signal_before_a_validation_that_comes_after_so_many_steps_of_the_run_does_not_lose_it():
+    every = ("trainer.check_val_every_n_epoch null", f"trainer.val_check_interval {STEPS + 4}")
+    child = Child(lambda: train(At("on_before_optimizer_step", send(signal.SIGTERM)), *every))
+    assert child.wait(60) == 128 + signal.SIGTERM, child.output
+    assert read_checkpoint(LAST.with_name("best.ckpt"))["global_step"] == STEPS + 4
+    child = Child(lambda: fit("classification", *SMALL, *every, "ckpt_path last"))
+    assert child.wait(60) == 0, child.output
+    child = Child(lambda: train(None, *every))
+    assert child.wait(60) == 0, child.output
+    assert validations(0, 1) == validations(2)
+    assert len(validations(2)) == 3 * STEPS // (STEPS + 4)
 
 
 def fail(trainer):

@@ -76,7 +76,13 @@ def test_a_missing_file_is_named(tmp_path):
         read_checkpoint(tmp_path / "nowhere.ckpt")
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed"),
+    ],
+)
 def test_a_full_disk_keeps_the_last_good_file_and_leaves_nothing(tmp_path, monkeypatch, failure):
     path = tmp_path / "last.ckpt"
     write_atomically(path, {"step": 1})
@@ -110,6 +116,19 @@ for attempt in range(12):
     os.waitpid(child, 0)
     print(read_checkpoint(path)["step"], flush=True)
 """
+
+
+def test_what_is_no_full_disk_is_not_taken_for_one(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "save", fail)
+    patient = SafeCheckpointIO()
+    patient.patient = True
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        patient.save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
+    assert not patient.lost
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_process_killed_while_saving_leaves_a_loadable_file(tmp_path):

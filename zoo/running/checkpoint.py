@@ -30,6 +30,10 @@ from torch.optim import SGD, Optimizer
 STOPPING = [Signals.SIGTERM, *([signals.SIGUSR1] if hasattr(signals, "SIGUSR1") else [])]  # Windows has only the first
 
 
+# Torch's words for what is the file system's fault.
+UNWRITABLE = r"PytorchStreamWriter|file write failed|unexpected pos|iostream error|cannot be opened|does not exist"
+
+
 class CheckpointError(OSError):
     """There is no room for checkpoints, or one that should have been written was not."""
 
@@ -127,8 +131,10 @@ def write_atomically(path: Path, content: Any) -> None:
     with replacing(path) as partial:
         try:
             torch.save(content, partial)
-        except RuntimeError as error:  # so torch reports a full disk
-            raise OSError(str(error)) from error
+        except RuntimeError as error:
+            if re.search(UNWRITABLE, str(error)):
+                raise OSError(str(error)) from error
+            raise
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -312,7 +318,8 @@ class KeepLast(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when the interval is over, stop when asked to; not before a validation, which would be lost."""
-        if self._validation_follows(trainer, batch_idx):
+        epoch = trainer.fit_loop.epoch_loop
+        if epoch._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]  # it has one now
             return
         if self._any(trainer, self.asked_by is not None or trainer.received_sigterm):
             trainer._signal_connector.received_sigterm = True  # Lightning then leaves its loop where it can be resumed
@@ -327,8 +334,9 @@ class KeepLast(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where the run was asked to stop; after any other exception the state may be torn."""
-        self._release()
         if isinstance(exception, SIGTERMException):
+            # Whoever repeats the signal meanwhile is not given Lightning's handler, or the system's: the one may wait
+            # for ever, the other ends the process. Lightning itself restores what was there before the run.
             self._save(trainer)
             saved = self.path not in self._end_patience(trainer)
             rank_zero_info(
@@ -336,6 +344,8 @@ class KeepLast(Checkpoint):
                 if saved
                 else f"asked to stop, but {self.path} COULD NOT BE WRITTEN: what is there is of an earlier step"
             )
+        else:
+            self._release()
         self._end_patience(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -363,12 +373,6 @@ class KeepLast(Checkpoint):
             return {}
         files.patient = False
         return files.lost
-
-    @staticmethod
-    def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
-        every = trainer.val_check_batch
-        due = trainer.is_last_batch or bool(every and every != math.inf and (batch_idx + 1) % int(every) == 0)
-        return due and trainer.enable_validation
 
     @staticmethod
     def _any(trainer: Trainer, decision: bool) -> bool:

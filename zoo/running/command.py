@@ -356,7 +356,9 @@ def newest_checkpoint(recipe: str, name: str) -> Path | None:
     of the run. A file that cannot be read, or that holds the weights alone, is none.
     """
     pattern = "version_*/checkpoints/[!.]*.ckpt" if name == "last" else f"version_*/checkpoints/{name}.ckpt"
-    found = [(int(p.parts[-3].removeprefix("version_")), p) for p in (Path("runs") / recipe).glob(pattern)]
+    # Not version_3_backup, which somebody has made.
+    numbered = ((re.fullmatch(r"version_(\d+)", p.parts[-3]), p) for p in (Path("runs") / recipe).glob(pattern))
+    found = [(int(number[1]), p) for number, p in numbered if number is not None]
     if not found:
         return None
     files = [path for run, path in found if run == max(found)[0]]

@@ -94,7 +94,7 @@ class EndTogether(Callback):
         """
         if not self._over or not torch.distributed.is_initialized():
             return
-        if torch.__version__ < (2, 8):  # it waits for those threads, and keeps the lock that they wait for
+        if torch.__version__ < "2.8":  # it waits for those threads, and keeps the lock that they wait for
             time.sleep(GIVING_BACK)
         else:
             torch.distributed.destroy_process_group()

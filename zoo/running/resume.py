@@ -125,9 +125,9 @@ class ExactResume(Callback):
                 "learning-rate schedule goes on as it was made, for the first number; torch's cosine rises again after "
                 "them. For another length start anew from the checkpoint with --model.init_args.weights"
             )
-        before, self._settings_before = self._settings_before, None
-        if before is not None and self._settings is not None:
-            take(trainer, before, self._settings)
+        made_with, self._settings_before = self._settings_before, None
+        if made_with is not None and self._settings is not None:
+            take(trainer, made_with, self._settings)
         states, self._states = self._states, None
         if states is None:
             if trainer.global_rank:  # else all processes would augment and drop out alike; rank 0 stays as it is alone
