@@ -67,3 +67,10 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, monkeypatch):
     log.save()
     assert rows(log) == [*BOTH, {"loss": "0.25", "step": "2"}]
     assert os.listdir(tmp_path / "a").count("metrics.csv") == 1
+
+
+def test_two_runs_that_start_together_have_folders_of_their_own(tmp_path):
+    one, other = (Log(tmp_path, name="recipe") for _ in range(2))
+    assert [one.version, other.version, one.version] == [0, 1, 0]
+    (tmp_path / "recipe" / "version_7").mkdir()
+    assert Log(tmp_path, name="recipe").version == 8

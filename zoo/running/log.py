@@ -14,10 +14,22 @@ from zoo.running.checkpoint import replacing
 class Log(CSVLogger):
     """Lightning's ``metrics.csv``, of which no row is lost once it is written.
 
+    Its folder is claimed when it is chosen: two runs that start together do not write into one.
+
     Where a metric is new, Lightning writes the whole file anew in its place, and a kill in between loses it; here the
     new file takes the old one's place when it is complete. Where the disk is full, Lightning's error ends the run; here
     the rows wait for the next time.
     """
+
+    def _get_next_version(self) -> int:
+        number = super()._get_next_version()
+        while getattr(rank_zero_only, "rank", 0) == 0:  # it tells the others
+            try:
+                Path(self.root_dir, f"version_{number}").mkdir(parents=True)
+                break
+            except FileExistsError:
+                number += 1
+        return number
 
     @rank_zero_only
     def save(self) -> None:
