@@ -139,7 +139,7 @@ COMMANDS = [
     ("show", ["zoo show", "architecture"]),
     ("show lenett", ["no architecture 'lenett'", "did you mean lenet"]),
     ("show lenet --input 3x", ["--input", "'3x'", "3x224x224"]),
-    ("show lenet --input 3x28x28", ["does not take 3x28x28", "in_channels"]),
+    ("show lenet --input 3x28x28 --in_channels 1", ["does not take 3x28x28", "in_channels"]),
     ("show lenet --inpt 1x28x28", ["--inpt", "did you mean --input?"]),
     ("show lenet --image_size two", ["--image_size", "int", "'two'"]),
     ("show lenet --image_size", ["--image_size", "expected one argument"]),

@@ -156,6 +156,14 @@ def test_without_a_network_the_error_says_which_file_to_bring_and_where_to(cache
     assert not list(cache.glob("*.pth"))
 
 
+def test_a_model_of_other_channels_takes_weights_by_name(cache, published):
+    network, path = published
+    cache.mkdir(parents=True)
+    path.rename(cache / "squeezenet1_0-b66bff10.pth")
+    kernels = SqueezeNet(in_channels=4, weights="IMAGENET1K_V1").backbone.network.features[0].weight
+    torch.testing.assert_close(kernels, network.features[0].weight[:, [0, 1, 2, 0]] * 3 / 4)
+
+
 def test_a_damaged_download_is_refused_and_removed(cache, server, published):
     _, path = published
     path.write_bytes(path.read_bytes()[:-7])

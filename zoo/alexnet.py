@@ -16,19 +16,22 @@ from torch import Tensor, nn, optim
 
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
-from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, standardized
+from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, standardized
 from zoo.tasks.classification import ClassificationTask
 from zoo.weights import Published, load_weights
 
 
-def alexnet_network(stem: Literal["imagenet", "small"], hidden: int, dropout: float) -> nn.Sequential:
-    """Torchvision's network without its last layer: pictures (N, 3, H, W) to features (N, hidden).
+def alexnet_network(
+    stem: Literal["imagenet", "small"], hidden: int, dropout: float, channels: int = 3
+) -> nn.Sequential:
+    """Torchvision's network without its last layer: pictures (N, C, H, W) to features (N, hidden).
 
     Args:
         stem: ``imagenet``: 11x11 of stride 4, for pictures of 63 pixels and more. ``small``: 5x5 of stride 2, for
             pictures of 31 pixels and more, whose last feature map is averaged to one pixel.
         hidden: Width of the two fully connected layers.
         dropout: Share of features dropped before each of them.
+        channels: Channels C of the pictures.
     """
     from torchvision.models import alexnet
 
@@ -37,7 +40,9 @@ def alexnet_network(stem: Literal["imagenet", "small"], hidden: int, dropout: fl
     built.classifier[1] = nn.Linear(256 * side * side, hidden)
     built.classifier[4] = nn.Linear(hidden, hidden)
     if stem == "small":
-        built.features[0] = nn.Conv2d(3, 64, 5, stride=2, padding=2)
+        built.features[0] = nn.Conv2d(channels, 64, 5, stride=2, padding=2)
+    elif channels != 3:
+        built.features[0] = nn.Conv2d(channels, 64, 11, stride=4, padding=2)
     return nn.Sequential(
         OrderedDict(
             features=built.features,
@@ -59,8 +64,11 @@ class AlexNet(ClassificationTask):
         hidden: Width of the two fully connected layers; 4,096 in the paper.
         dropout: Share of features dropped before each of them.
         image_size: Side of the pictures that the model is made for, in pixels.
-        mean: Mean of each colour, which the first layer subtracts; replaced by that of the weights it starts from.
-        std: Standard deviation of each colour, which the first layer divides by; replaced likewise.
+        in_channels: Channels of the pictures: 1 for grey, 3 for RGB, 4 with transparency, more for other bands. Weights
+            for another number are adapted as :func:`zoo.channels.adapt` says.
+        mean: Mean of each channel, which the first layer subtracts; three are repeated for further channels, and a grey
+            picture is standardised by each of three. Replaced by that of the weights it starts from.
+        std: Standard deviation of each channel, which the first layer divides by; repeated and replaced likewise.
         label_smoothing: Share of the target mass that is spread over all classes, in [0, 1].
         weights: torchvision's name (``DEFAULT``, ``IMAGENET1K_V1``), a file (``.safetensors``, ``.ckpt``, ``.pth``) or
             ``hf://owner/name``. The head is fresh where the number of classes differs.
@@ -68,6 +76,9 @@ class AlexNet(ClassificationTask):
         optimizer: Makes the optimizer from the parameters. Default: the paper's, for 128 pictures a step.
         scheduler: Makes the schedule from the optimizer and the run's number of steps. Default: a tenth of the rate
             three times, as in the paper, there whenever the validation error stood still.
+
+    Raises:
+        ValueError: There are not as many means and deviations as ``in_channels``, three, or one.
     """
 
     def __init__(
@@ -78,8 +89,9 @@ class AlexNet(ClassificationTask):
         hidden: int = 4096,
         dropout: float = 0.5,
         image_size: int = 224,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        in_channels: int = 3,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
         label_smoothing: float = 0.0,
         weights: str | None = None,
         keep_matching_classes: bool = False,
@@ -87,14 +99,16 @@ class AlexNet(ClassificationTask):
         scheduler: SchedulerCallable | None = Step,
     ) -> None:
         super().__init__(num_classes, class_names, optimizer, scheduler, label_smoothing)
-        self.example_input_array = torch.zeros(1, 3, image_size, image_size)
+        self.example_input_array = torch.zeros(1, in_channels, image_size, image_size)
         self.published = Published("alexnet", {"classifier.6.": "head."})
-        self.backbone = standardized(alexnet_network(stem, hidden, dropout), mean, std)
+        mean, std = channel_statistics(in_channels, mean, std)
+        network = alexnet_network(stem, hidden, dropout, len(mean))
+        self.backbone = standardized(network, mean, std, channels=in_channels)
         self.head = nn.Linear(hidden, num_classes)
         self.to(memory_format=torch.channels_last)
         if weights is not None:
             load_weights(self, weights, keep_matching_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (N, 3, H, W) in [0, 1] to logits (N, num_classes)."""
+        """Map images (N, C, H, W) in [0, 1] to logits (N, num_classes)."""
         return cast(Tensor, self.head(self.backbone(images)))

@@ -170,13 +170,16 @@ def _show(arguments: list[str]) -> int:
 
     from zoo.layer_table import layer_table
 
+    own = _constructor_arguments(name, rest)
+    if chosen.input and len(chosen.input) == 3 and "in_channels" in _parameters(name):
+        own.setdefault("in_channels", chosen.input[0])
     with refusing(), torch.device("meta"):
-        model = getattr(zoo, name)(**_constructor_arguments(name, rest))
+        model = getattr(zoo, name)(**own)
     size = chosen.input or model.example_input_array.shape[1:]
     try:
         model.to("meta")  # what was made from arrays is on the CPU
         rows = layer_table(model, torch.zeros(1, *size, device="meta"))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         arguments_of = ", ".join(_parameters(name))
         shape = "x".join(map(str, size))
         raise RecipeError(f"{name} does not take {shape} ({error}); its arguments are {arguments_of}") from error

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 
 from zoo.running.optimizing import SchedulerCallable
-from zoo.standardization import CIFAR10_MEAN, standardized
+from zoo.standardization import CIFAR10_MEAN, channel_statistics, standardized
 from zoo.tasks.classification import ClassificationTask
 from zoo.weights import load_weights
 
@@ -56,7 +56,10 @@ class DeepConvNet(ClassificationTask):
         num_classes: Number of classes.
         class_names: Their names, in the order of the labels; None calls them "0", "1", ….
         image_size: Side of the square images in pixels.
-        mean: Mean of each channel, which the first layer subtracts. A grey image is repeated for three means.
+        in_channels: Channels of the pictures; None: as many as there are means. Weights for another number are adapted
+            as :func:`zoo.channels.adapt` says.
+        mean: Mean of each channel, which the first layer subtracts. A grey image is repeated for three means, and three
+            means are repeated for further channels.
         std: What the first layer divides each channel by; the assignment leaves that out.
         label_smoothing: Share of the target mass that is spread over all classes, in [0, 1].
         weights: File to start from (``.safetensors``, ``.ckpt``, ``.pth``) or ``hf://owner/name``. The head is fresh
@@ -66,7 +69,8 @@ class DeepConvNet(ClassificationTask):
         scheduler: Makes the schedule from the optimizer and the run's number of steps.
 
     Raises:
-        ValueError: There is no convolution, a pool follows one that there is not, or the pools leave no pixel.
+        ValueError: There is no convolution, a pool follows one that there is not, the pools leave no pixel, or
+            there are not as many means and deviations as ``in_channels``, three, or one.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class DeepConvNet(ClassificationTask):
         num_classes: int = 10,
         class_names: list[str] | None = None,
         image_size: int = 32,
+        in_channels: int | None = None,
         mean: tuple[float, ...] = CIFAR10_MEAN,
         std: tuple[float, ...] = (1.0, 1.0, 1.0),
         label_smoothing: float = 0.0,
@@ -94,8 +99,11 @@ class DeepConvNet(ClassificationTask):
         side = image_size // 2 ** len(set(max_pools))
         if side < 1:
             raise ValueError(f"{len(set(max_pools))} pools leave nothing of image_size={image_size}")
-        self.example_input_array = torch.zeros(1, len(mean), image_size, image_size)
-        self.backbone = standardized(deep_conv_network(len(mean), num_filters, max_pools, batch_norm), mean, std)
+        in_channels = len(mean) if in_channels is None else in_channels
+        mean, std = channel_statistics(in_channels, mean, std)
+        self.example_input_array = torch.zeros(1, in_channels, image_size, image_size)
+        network = deep_conv_network(len(mean), num_filters, max_pools, batch_norm)
+        self.backbone = standardized(network, mean, std, channels=in_channels)
         self.head = nn.Linear(num_filters[-1] * side * side, num_classes)
         self._initialize(weight_scale)
         self.to(memory_format=torch.channels_last)

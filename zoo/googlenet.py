@@ -15,15 +15,15 @@ from torch.nn import functional as F
 
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
-from zoo.standardization import standardized
+from zoo.standardization import channel_statistics, standardized
 from zoo.tasks.classification import ClassificationTask
 from zoo.weights import Published, load_weights
 
 HALF = (0.5, 0.5, 0.5)  # mean and deviation that the paper's weights, which torchvision ported, were trained with
 
 
-def googlenet_network(stem: Literal["imagenet", "small"], dropout: float) -> nn.Module:
-    """Torchvision's network without its classifiers: pictures (N, 3, H, W) to features (N, 1024).
+def googlenet_network(stem: Literal["imagenet", "small"], dropout: float, channels: int = 3) -> nn.Module:
+    """Torchvision's network without its classifiers: pictures (N, C, H, W) to features (N, 1024).
 
     In training it returns a named tuple: features as ``logits``, and what the auxiliary classifiers look at, the maps
     (N, 512, H / 16, W / 16) as ``aux_logits1`` and (N, 528, H / 16, W / 16) as ``aux_logits2``.
@@ -32,6 +32,7 @@ def googlenet_network(stem: Literal["imagenet", "small"], dropout: float) -> nn.
         stem: ``imagenet``: the paper's, an eighth of the side before the first inception block; ``small``, for
             pictures of 32 pixels or so: 3x3 of stride 1 and no pools before it.
         dropout: Share of features that are dropped at the end.
+        channels: Channels C of the pictures.
     """
     from torchvision.models import googlenet
     from torchvision.models.googlenet import BasicConv2d
@@ -40,8 +41,11 @@ def googlenet_network(stem: Literal["imagenet", "small"], dropout: float) -> nn.
     # In place of the classifiers, which are the head's: what they look at.
     network.fc, network.aux1, network.aux2 = nn.Identity(), nn.Identity(), nn.Identity()
     if stem == "small":
-        network.conv1 = BasicConv2d(3, 64, kernel_size=3, padding=1)
+        network.conv1 = BasicConv2d(channels, 64, kernel_size=3, padding=1)
         network.maxpool1, network.maxpool2 = nn.Identity(), nn.Identity()
+    elif channels != 3:
+        network.conv1 = BasicConv2d(channels, 64, kernel_size=7, stride=2, padding=3)
+        nn.init.trunc_normal_(network.conv1.conv.weight, std=0.01)
     return network
 
 
@@ -82,8 +86,11 @@ class GoogLeNet(ClassificationTask):
         dropout: Share of features dropped before the classifier.
         dropout_aux: Share of features dropped in the auxiliary classifiers.
         image_size: Side of the pictures that the model is made for, in pixels; any from 15 on will run.
-        mean: Mean of each colour, which the first layer subtracts; replaced by that of the weights it starts from.
-        std: Standard deviation of each colour, which the first layer divides by; replaced likewise.
+        in_channels: Channels of the pictures: 1 for grey, 3 for RGB, 4 with transparency, more for other bands. Weights
+            for another number are adapted as :func:`zoo.channels.adapt` says.
+        mean: Mean of each channel, which the first layer subtracts; three are repeated for further channels, and a grey
+            picture is standardised by each of three. Replaced by that of the weights it starts from.
+        std: Standard deviation of each channel, which the first layer divides by; repeated and replaced likewise.
         label_smoothing: Share of the target mass that is spread over all classes, in [0, 1].
         weights: torchvision's name (``DEFAULT``, ``IMAGENET1K_V1``), a file (``.safetensors``, ``.ckpt``, ``.pth``) or
             ``hf://owner/name``. The head is fresh where the number of classes differs.
@@ -92,6 +99,9 @@ class GoogLeNet(ClassificationTask):
             its rate; 0.01 for 256 pictures a step.
         scheduler: Makes the schedule from the optimizer and the run's number of steps. Default: a tenth of the rate
             three times; the paper's falls by 4 % every 8 epochs.
+
+    Raises:
+        ValueError: There are not as many means and deviations as ``in_channels``, three, or one.
     """
 
     def __init__(
@@ -103,8 +113,9 @@ class GoogLeNet(ClassificationTask):
         dropout: float = 0.2,
         dropout_aux: float = 0.7,
         image_size: int = 224,
-        mean: tuple[float, float, float] = HALF,
-        std: tuple[float, float, float] = HALF,
+        in_channels: int = 3,
+        mean: tuple[float, ...] = HALF,
+        std: tuple[float, ...] = HALF,
         label_smoothing: float = 0.0,
         weights: str | None = None,
         keep_matching_classes: bool = False,
@@ -112,11 +123,13 @@ class GoogLeNet(ClassificationTask):
         scheduler: SchedulerCallable | None = Step,
     ) -> None:
         super().__init__(num_classes, class_names, optimizer, scheduler, label_smoothing)
-        self.example_input_array = torch.zeros(1, 3, image_size, image_size)
+        self.example_input_array = torch.zeros(1, in_channels, image_size, image_size)
         heads = {"fc.": "head.fc.", "aux1.": "head.aux1.", "aux2.": "head.aux2."}
         self.published = Published("googlenet", heads, HALF, HALF)
         self.aux_weight = aux_weight
-        self.backbone = standardized(googlenet_network(stem, dropout), mean, std)
+        mean, std = channel_statistics(in_channels, mean, std)
+        network = googlenet_network(stem, dropout, len(mean))
+        self.backbone = standardized(network, mean, std, channels=in_channels)
         self.head = GoogLeNetHead(num_classes, dropout_aux)
         if not aux_weight:
             for auxiliary in (self.head.aux1, self.head.aux2):
@@ -143,6 +156,6 @@ class GoogLeNet(ClassificationTask):
         return loss, logits
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (N, 3, H, W) in [0, 1] to logits (N, num_classes)."""
+        """Map images (N, C, H, W) in [0, 1] to logits (N, num_classes)."""
         outputs = self.backbone(images)
         return cast(Tensor, self.head(outputs if isinstance(outputs, Tensor) else outputs.logits))

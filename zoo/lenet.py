@@ -14,6 +14,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
+from zoo.channels import expect_channels
 from zoo.running.optimizing import SchedulerCallable
 from zoo.tasks.classification import ClassificationTask
 from zoo.weights import load_weights
@@ -41,6 +42,7 @@ class LeNetBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (N, C, S, S) in [0, 1] to features (N, 500)."""
+        expect_channels(images.shape[1], self.conv1.in_channels)
         # The rectifier comes after the pool: the same values as before it, on a quarter of the elements.
         x = F.relu(self.pool(self.conv1(images)), inplace=True)  # (N, 20, S / 2, S / 2)
         x = F.relu(self.pool(self.conv2(x)), inplace=True)  # (N, 50, S / 4, S / 4)
@@ -54,7 +56,8 @@ class LeNet(ClassificationTask):
     Args:
         num_classes: Number of classes.
         class_names: Their names, in the order of the labels; None calls them "0", "1", ….
-        in_channels: Channels of the images: 1 for grey, 3 for RGB.
+        in_channels: Channels of the images: 1 for grey, 3 for RGB. Weights for another number are adapted as
+            :func:`zoo.channels.adapt` says.
         image_size: Side of the square images in pixels.
         label_smoothing: Share of the target mass that is spread over all classes, in [0, 1].
         weights: File to start from (``.safetensors``, ``.ckpt``, ``.pth``) or ``hf://owner/name``. The head is fresh

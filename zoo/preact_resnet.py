@@ -15,7 +15,7 @@ from torch import Tensor, nn, optim
 
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
-from zoo.standardization import CIFAR10_MEAN, standardized
+from zoo.standardization import CIFAR10_MEAN, channel_statistics, standardized
 from zoo.tasks.classification import ClassificationTask
 from zoo.weights import load_weights
 
@@ -66,24 +66,25 @@ def make_block(
 
 
 def preact_network(
-    block: Literal["plain", "residual", "bottleneck"], width: int, blocks_per_stage: int
+    block: Literal["plain", "residual", "bottleneck"], width: int, blocks_per_stage: int, channels: int = 3
 ) -> nn.Sequential:
-    """The network without its classifier: pictures (N, 3, H, W) to features (N, 4 * width).
+    """The network without its classifier: pictures (N, C, H, W) to features (N, 4 * width).
 
     Args:
         block: Kind of all blocks.
         width: Channels of the stem and the first stage; each further stage has twice as many, on half the side.
         blocks_per_stage: Blocks in each of the three stages.
+        channels: Channels C of the pictures.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    layers["stem"] = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(inplace=True))
-    channels = width
+    layers["stem"] = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True))
+    before = width
     for stage in range(3):
         wide = width * 2**stage
-        blocks = [make_block(block, channels, wide, 1 if stage == 0 else 2)]
+        blocks = [make_block(block, before, wide, 1 if stage == 0 else 2)]
         blocks += [make_block(block, wide, wide, 1) for _ in range(blocks_per_stage - 1)]
         layers[f"stage{stage + 1}"] = nn.Sequential(*blocks)
-        channels = wide
+        before = wide
     return nn.Sequential(layers | OrderedDict(average=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
 
 
@@ -98,8 +99,11 @@ class PreActResNet(ClassificationTask):
         num_classes: Number of classes.
         class_names: Their names, in the order of the labels; None calls them "0", "1", ….
         image_size: Side of the pictures that the model is made for, in pixels; any from 4 on will run.
-        mean: Mean of each colour, which the first layer subtracts.
-        std: Standard deviation of each colour, which the first layer divides by.
+        in_channels: Channels of the pictures: 1 for grey, 3 for RGB, 4 with transparency, more for other bands. Weights
+            for another number are adapted as :func:`zoo.channels.adapt` says.
+        mean: Mean of each channel, which the first layer subtracts; three are repeated for further channels, and a grey
+            picture is standardised by each of three. Replaced by that of the weights it starts from.
+        std: Standard deviation of each channel, which the first layer divides by; repeated and replaced likewise.
         label_smoothing: Share of the target mass that is spread over all classes, in [0, 1].
         weights: File to start from (``.safetensors``, ``.ckpt``, ``.pth``) or ``hf://owner/name``. The head is fresh
             where the number of classes differs.
@@ -109,7 +113,8 @@ class PreActResNet(ClassificationTask):
             tenth of the rate after 60 and 80 % of the run.
 
     Raises:
-        ValueError: A number is too small.
+        ValueError: A number is too small, or there are not as many means and deviations as ``in_channels``, three, or
+            one.
     """
 
     def __init__(
@@ -120,8 +125,9 @@ class PreActResNet(ClassificationTask):
         num_classes: int = 10,
         class_names: list[str] | None = None,
         image_size: int = 32,
-        mean: tuple[float, float, float] = CIFAR10_MEAN,
-        std: tuple[float, float, float] = CIFAR_STD,
+        in_channels: int = 3,
+        mean: tuple[float, ...] = CIFAR10_MEAN,
+        std: tuple[float, ...] = CIFAR_STD,
         label_smoothing: float = 0.0,
         weights: str | None = None,
         keep_matching_classes: bool = False,
@@ -133,13 +139,15 @@ class PreActResNet(ClassificationTask):
         for name, value, smallest in (("width", width, least), ("blocks_per_stage", blocks_per_stage, 1)):
             if value < smallest:
                 raise ValueError(f"{name}={value} must be at least {smallest}")
-        self.example_input_array = torch.zeros(1, 3, image_size, image_size)
-        self.backbone = standardized(preact_network(block, width, blocks_per_stage), mean, std)
+        self.example_input_array = torch.zeros(1, in_channels, image_size, image_size)
+        mean, std = channel_statistics(in_channels, mean, std)
+        network = preact_network(block, width, blocks_per_stage, len(mean))
+        self.backbone = standardized(network, mean, std, channels=in_channels)
         self.head = nn.Linear(4 * width, num_classes)
         self.to(memory_format=torch.channels_last)
         if weights is not None:
             load_weights(self, weights, keep_matching_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (N, 3, H, W) in [0, 1] to logits (N, num_classes)."""
+        """Map images (N, C, H, W) in [0, 1] to logits (N, num_classes)."""
         return cast(Tensor, self.head(self.backbone(images)))

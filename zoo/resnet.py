@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
-from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, standardized
+from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, standardized
 from zoo.tasks.classification import ClassificationTask
 from zoo.weights import Published, load_weights
 
@@ -53,16 +53,17 @@ class BasicBlock(nn.Module):
 
 
 class CIFARNetwork(nn.Module):
-    """The network of section 4.2 without its classifier: pictures (N, 3, 32, 32) to features (N, 64).
+    """The network of section 4.2 without its classifier: pictures (N, C, 32, 32) to features (N, 64).
 
     Args:
         depth: 6n + 2 layers, n blocks in each of the three stages.
+        channels: Channels C of the pictures.
     """
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, channels: int = 3) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = self._stage(16, 16, blocks, 1)
         self.layer2 = self._stage(16, 32, blocks, 2)
@@ -77,7 +78,7 @@ class CIFARNetwork(nn.Module):
         return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, 3, H, W) to features (N, 64)."""
+        """Map (N, C, H, W) to features (N, 64)."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (N, 16, H, W)
         x = self.layer3(self.layer2(self.layer1(x)))  # (N, 64, H / 4, W / 4)
         return x.mean((2, 3))
@@ -96,14 +97,17 @@ class ConvBlock(nn.Sequential):
 
 
 class FastNetwork(nn.Module):
-    """ResNet-9 without its classifier: pictures (N, 3, 32, 32) to features (N, 512).
+    """ResNet-9 without its classifier: pictures (N, C, 32, 32) to features (N, 512).
 
     Page's order is convolution, batch norm, rectifier, pool; his later version pools first, as here.
+
+    Args:
+        channels: Channels C of the pictures.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 3) -> None:
         super().__init__()
-        self.prep = ConvBlock(3, 64)
+        self.prep = ConvBlock(channels, 64)
         self.layer1 = ConvBlock(64, 128, pool=True)
         self.residual1 = nn.Sequential(ConvBlock(128, 128), ConvBlock(128, 128))
         self.layer2 = ConvBlock(128, 256, pool=True)
@@ -111,7 +115,7 @@ class FastNetwork(nn.Module):
         self.residual3 = nn.Sequential(ConvBlock(512, 512), ConvBlock(512, 512))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, 3, H, W) to features (N, 512)."""
+        """Map (N, C, H, W) to features (N, 512)."""
         x = self.layer1(self.prep(x))  # (N, 128, H / 2, W / 2)
         x = x + self.residual1(x)
         x = self.layer3(self.layer2(x))  # (N, 512, H / 8, W / 8)
@@ -132,20 +136,22 @@ class ScaledLinear(nn.Linear):
 
 
 def imagenet_network(
-    depth: int, stem: Literal["imagenet", "small"], stride_in_1x1: bool, zero_init_residual: bool
+    depth: int, stem: Literal["imagenet", "small"], stride_in_1x1: bool, zero_init_residual: bool, channels: int = 3
 ) -> tuple[nn.Module, int]:
     """Torchvision's network without its classifier, and the number of its features.
 
-    Pictures (N, 3, H, W) to features (N, 512), from depth 50 on (N, 2048).
+    Pictures (N, channels, H, W) to features (N, 512), from depth 50 on (N, 2048).
     """
     from torchvision import models
 
     network = getattr(models, f"resnet{depth}")(weights=None, zero_init_residual=zero_init_residual)
     features = network.fc.in_features
     network.fc = nn.Identity()
-    if stem == "small":
-        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    if stem == "small" or channels != 3:
+        kernel, stride, padding = (3, 1, 1) if stem == "small" else (7, 2, 3)
+        network.conv1 = nn.Conv2d(channels, 64, kernel, stride, padding, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if stem == "small":
         network.maxpool = nn.Identity()
     for module in network.modules():
         if stride_in_1x1 and isinstance(module, models.resnet.Bottleneck):
@@ -163,8 +169,11 @@ class ResNet(ClassificationTask):
         stem: ``imagenet``: a 7x7 convolution and a pool, each of stride 2; ``small``, for pictures of 32 pixels or so:
             a 3x3 convolution of stride 1. The depths made for CIFAR have a stem of their own and leave this aside.
         image_size: Side of the pictures that the model is made for, in pixels; any from 32 on will run.
-        mean: Mean of each colour, which the first layer subtracts; replaced by that of the weights it starts from.
-        std: Standard deviation of each colour, which the first layer divides by; replaced likewise.
+        in_channels: Channels of the pictures: 1 for grey, 3 for RGB, 4 with transparency, more for other bands. Weights
+            for another number are adapted as :func:`zoo.channels.adapt` says.
+        mean: Mean of each channel, which the first layer subtracts; three are repeated for further channels, and a grey
+            picture is standardised by each of three. Replaced by that of the weights it starts from.
+        std: Standard deviation of each channel, which the first layer divides by; repeated and replaced likewise.
         stride_in_1x1: Halve the picture in a bottleneck's first 1x1 convolution, as the paper does.
         zero_init_residual: Start with residual branches that add nothing (lecture 10; Goyal et al., 2017, section 5.1).
         label_smoothing: Share of the target mass that is spread over all classes, in [0, 1].
@@ -176,7 +185,8 @@ class ResNet(ClassificationTask):
             of the rate after 30, 60 and 90 % of the run.
 
     Raises:
-        ValueError: There is no network of that depth.
+        ValueError: There is no network of that depth, or there are not as many means and deviations as
+            ``in_channels``, three, or one.
     """
 
     def __init__(
@@ -186,8 +196,9 @@ class ResNet(ClassificationTask):
         class_names: list[str] | None = None,
         stem: Literal["imagenet", "small"] = "imagenet",
         image_size: int = 224,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        in_channels: int = 3,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
         stride_in_1x1: bool = False,
         zero_init_residual: bool = False,
         label_smoothing: float = 0.0,
@@ -197,27 +208,28 @@ class ResNet(ClassificationTask):
         scheduler: SchedulerCallable | None = Step,
     ) -> None:
         super().__init__(num_classes, class_names, optimizer, scheduler, label_smoothing)
-        self.example_input_array = torch.zeros(1, 3, image_size, image_size)
+        self.example_input_array = torch.zeros(1, in_channels, image_size, image_size)
         self.published = Published(None, {"linear.": "head."})  # the usual name in CIFAR networks of this paper
+        mean, std = channel_statistics(in_channels, mean, std)
         network: nn.Module
         if depth in IMAGENET_DEPTHS:
             self.published = Published(f"resnet{depth}", {"fc.": "head."})
-            network, features = imagenet_network(depth, stem, stride_in_1x1, zero_init_residual)
+            network, features = imagenet_network(depth, stem, stride_in_1x1, zero_init_residual, len(mean))
             self.head = nn.Linear(features, num_classes)
         elif depth in CIFAR_DEPTHS:
-            network = CIFARNetwork(depth)
+            network = CIFARNetwork(depth, len(mean))
             self.head = nn.Linear(64, num_classes)
         elif depth == FAST_DEPTH:
-            network = FastNetwork()
+            network = FastNetwork(len(mean))
             self.head = ScaledLinear(512, num_classes, scale=1 / 8)
         else:
             known = ", ".join(map(str, sorted((FAST_DEPTH, *CIFAR_DEPTHS, *IMAGENET_DEPTHS))))
             raise ValueError(f"there is no ResNet of depth {depth}: there are {known}")
-        self.backbone = standardized(network, mean, std)
+        self.backbone = standardized(network, mean, std, channels=in_channels)
         self.to(memory_format=torch.channels_last)
         if weights is not None:
             load_weights(self, weights, keep_matching_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (N, 3, H, W) in [0, 1] to logits (N, num_classes)."""
+        """Map images (N, C, H, W) in [0, 1] to logits (N, num_classes)."""
         return cast(Tensor, self.head(self.backbone(images)))

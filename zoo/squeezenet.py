@@ -15,24 +15,26 @@ from torch import Tensor, nn, optim
 
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Linear
-from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, standardized
+from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, standardized
 from zoo.tasks.classification import ClassificationTask
 from zoo.weights import Published, load_weights
 
 
-def squeezenet_network(stem: Literal["imagenet", "small"], dropout: float) -> nn.Sequential:
-    """Torchvision's network up to its last convolution: pictures (N, 3, H, W) to a map (N, 512, H / 16, W / 16).
+def squeezenet_network(stem: Literal["imagenet", "small"], dropout: float, channels: int = 3) -> nn.Sequential:
+    """Torchvision's network up to its last convolution: pictures (N, C, H, W) to a map (N, 512, H / 16, W / 16).
 
     Args:
         stem: ``imagenet``: 7x7 of stride 2, for pictures of 21 pixels and more; ``small``: 3x3 of stride 1, which
             leaves twice the pixels.
         dropout: Share of the map's values that are dropped at its end.
+        channels: Channels C of the pictures.
     """
     from torchvision.models import squeezenet1_0
 
     built = squeezenet1_0(weights=None, dropout=dropout)
-    if stem == "small":
-        built.features[0] = nn.Conv2d(3, 96, 3, padding=1)
+    if stem == "small" or channels != 3:
+        kernel, stride, padding = (3, 1, 1) if stem == "small" else (7, 2, 0)
+        built.features[0] = nn.Conv2d(channels, 96, kernel, stride, padding)
         nn.init.kaiming_uniform_(built.features[0].weight)
         nn.init.zeros_(built.features[0].bias)
     return nn.Sequential(OrderedDict(features=built.features, classifier=built.classifier[:1]))
@@ -65,8 +67,11 @@ class SqueezeNet(ClassificationTask):
             stride 1.
         dropout: Share of features dropped before the head.
         image_size: Side of the pictures that the model is made for, in pixels.
-        mean: Mean of each colour, which the first layer subtracts; replaced by that of the weights it starts from.
-        std: Standard deviation of each colour, which the first layer divides by; replaced likewise.
+        in_channels: Channels of the pictures: 1 for grey, 3 for RGB, 4 with transparency, more for other bands. Weights
+            for another number are adapted as :func:`zoo.channels.adapt` says.
+        mean: Mean of each channel, which the first layer subtracts; three are repeated for further channels, and a grey
+            picture is standardised by each of three. Replaced by that of the weights it starts from.
+        std: Standard deviation of each channel, which the first layer divides by; repeated and replaced likewise.
         label_smoothing: Share of the target mass that is spread over all classes, in [0, 1].
         weights: torchvision's name (``DEFAULT``, ``IMAGENET1K_V1``), a file (``.safetensors``, ``.ckpt``, ``.pth``) or
             ``hf://owner/name``. The head is fresh where the number of classes differs.
@@ -74,6 +79,9 @@ class SqueezeNet(ClassificationTask):
         optimizer: Makes the optimizer from the parameters. Default: the paper's, for 512 pictures a step.
         scheduler: Makes the schedule from the optimizer and the run's number of steps. Default: linear to 0, the
             paper's.
+
+    Raises:
+        ValueError: There are not as many means and deviations as ``in_channels``, three, or one.
     """
 
     def __init__(
@@ -83,8 +91,9 @@ class SqueezeNet(ClassificationTask):
         stem: Literal["imagenet", "small"] = "imagenet",
         dropout: float = 0.5,
         image_size: int = 224,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        in_channels: int = 3,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
         label_smoothing: float = 0.0,
         weights: str | None = None,
         keep_matching_classes: bool = False,
@@ -92,14 +101,16 @@ class SqueezeNet(ClassificationTask):
         scheduler: SchedulerCallable | None = Linear,
     ) -> None:
         super().__init__(num_classes, class_names, optimizer, scheduler, label_smoothing)
-        self.example_input_array = torch.zeros(1, 3, image_size, image_size)
+        self.example_input_array = torch.zeros(1, in_channels, image_size, image_size)
         self.published = Published("squeezenet1_0", {"classifier.1.": "head."})
-        self.backbone = standardized(squeezenet_network(stem, dropout), mean, std)
+        mean, std = channel_statistics(in_channels, mean, std)
+        network = squeezenet_network(stem, dropout, len(mean))
+        self.backbone = standardized(network, mean, std, channels=in_channels)
         self.head = SqueezeNetHead(num_classes)
         self.to(memory_format=torch.channels_last)
         if weights is not None:
             load_weights(self, weights, keep_matching_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (N, 3, H, W) in [0, 1] to logits (N, num_classes)."""
+        """Map images (N, C, H, W) in [0, 1] to logits (N, num_classes)."""
         return cast(Tensor, self.head(self.backbone(images)))

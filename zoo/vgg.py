@@ -15,7 +15,7 @@ from torch import Tensor, nn, optim
 
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
-from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, standardized
+from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, standardized
 from zoo.tasks.classification import ClassificationTask
 from zoo.weights import Published, load_weights
 
@@ -25,9 +25,15 @@ WIDTHS = (64, 128, 256, 512, 512)
 
 
 def vgg_network(
-    depth: int, batch_norm: bool, stem: Literal["imagenet", "small"], width: float, hidden: int, dropout: float
+    depth: int,
+    batch_norm: bool,
+    stem: Literal["imagenet", "small"],
+    width: float,
+    hidden: int,
+    dropout: float,
+    channels: int = 3,
 ) -> nn.Sequential:
-    """Torchvision's network without its last layer: pictures (N, 3, H, W) to features (N, hidden).
+    """Torchvision's network without its last layer: pictures (N, C, H, W) to features (N, hidden).
 
     Args:
         depth: 11, 13, 16 or 19 layers with weights.
@@ -36,16 +42,19 @@ def vgg_network(
         width: Factor on the channels of all convolutions.
         hidden: Width of the two fully connected layers.
         dropout: Share of features dropped behind each of them.
+        channels: Channels C of the pictures.
     """
     from torchvision.models.vgg import VGG, make_layers
 
-    channels = [round(width * full) for full in WIDTHS]
+    widths = [round(width * full) for full in WIDTHS]
     plan: list[str | int] = []
-    for count, wide in zip(STAGES[depth], channels, strict=True):
+    for count, wide in zip(STAGES[depth], widths, strict=True):
         plan += [wide] * count + ["M"]
     side = 7 if stem == "imagenet" else 1
     built = VGG(make_layers(plan, batch_norm), num_classes=1, init_weights=False, dropout=dropout)
-    built.classifier[0] = nn.Linear(channels[-1] * side * side, hidden)
+    if channels != 3:
+        built.features[0] = nn.Conv2d(channels, widths[0], 3, padding=1)
+    built.classifier[0] = nn.Linear(widths[-1] * side * side, hidden)
     built.classifier[3] = nn.Linear(hidden, hidden)
     network = nn.Sequential(
         OrderedDict(
@@ -80,8 +89,11 @@ class VGG(ClassificationTask):
         hidden: Width of the two fully connected layers; 4,096 in the paper.
         dropout: Share of features dropped behind each of them.
         image_size: Side of the pictures that the model is made for, in pixels; any from 32 on will run.
-        mean: Mean of each colour, which the first layer subtracts; replaced by that of the weights it starts from.
-        std: Standard deviation of each colour, which the first layer divides by; replaced likewise.
+        in_channels: Channels of the pictures: 1 for grey, 3 for RGB, 4 with transparency, more for other bands. Weights
+            for another number are adapted as :func:`zoo.channels.adapt` says.
+        mean: Mean of each channel, which the first layer subtracts; three are repeated for further channels, and a grey
+            picture is standardised by each of three. Replaced by that of the weights it starts from.
+        std: Standard deviation of each channel, which the first layer divides by; repeated and replaced likewise.
         label_smoothing: Share of the target mass that is spread over all classes, in [0, 1].
         weights: torchvision's name (``DEFAULT``, ``IMAGENET1K_V1``), a file (``.safetensors``, ``.ckpt``, ``.pth``) or
             ``hf://owner/name``. The head is fresh where the number of classes differs.
@@ -92,7 +104,8 @@ class VGG(ClassificationTask):
             three times, as in the paper, there whenever the validation accuracy stood still.
 
     Raises:
-        ValueError: There is no network of that depth.
+        ValueError: There is no network of that depth, or there are not as many means and deviations as
+            ``in_channels``, three, or one.
     """
 
     def __init__(
@@ -106,8 +119,9 @@ class VGG(ClassificationTask):
         hidden: int = 4096,
         dropout: float = 0.5,
         image_size: int = 224,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        in_channels: int = 3,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
         label_smoothing: float = 0.0,
         weights: str | None = None,
         keep_matching_classes: bool = False,
@@ -117,10 +131,11 @@ class VGG(ClassificationTask):
         super().__init__(num_classes, class_names, optimizer, scheduler, label_smoothing)
         if depth not in STAGES:
             raise ValueError(f"there is no VGG of depth {depth}: there are {', '.join(map(str, STAGES))}")
-        self.example_input_array = torch.zeros(1, 3, image_size, image_size)
+        self.example_input_array = torch.zeros(1, in_channels, image_size, image_size)
         self.published = Published(f"vgg{depth}{'_bn' if batch_norm else ''}", {"classifier.6.": "head."})
-        network = vgg_network(depth, batch_norm, stem, width, hidden, dropout)
-        self.backbone = standardized(network, mean, std)
+        mean, std = channel_statistics(in_channels, mean, std)
+        network = vgg_network(depth, batch_norm, stem, width, hidden, dropout, len(mean))
+        self.backbone = standardized(network, mean, std, channels=in_channels)
         self.head = nn.Linear(hidden, num_classes)
         nn.init.normal_(self.head.weight, 0, 0.01)
         nn.init.zeros_(self.head.bias)
@@ -129,5 +144,5 @@ class VGG(ClassificationTask):
             load_weights(self, weights, keep_matching_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (N, 3, H, W) in [0, 1] to logits (N, num_classes)."""
+        """Map images (N, C, H, W) in [0, 1] to logits (N, num_classes)."""
         return cast(Tensor, self.head(self.backbone(images)))

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 import zoo
+from zoo.channels import adapt
 from zoo.running.checkpoint import read_checkpoint, replacing
 from zoo.running.downloading import download
 from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD
@@ -78,15 +79,18 @@ class Transfer:
     """What became of each tensor of a model that started from a file.
 
     ``loaded`` were taken as they are, ``resized`` heads got the rows of the classes whose names match, ``fresh`` heads
-    stay as initialized.
+    stay as initialized. ``channels`` says how the first convolution, and what standardises its input, became those of a
+    model for other channels.
     """
 
     loaded: list[str]
     resized: dict[str, str]
     fresh: list[str]
+    channels: str = ""
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors loaded"]
+        lines += [f"first convolution: {self.channels}"] * bool(self.channels)
         lines += [f"{name}: {what}" for name, what in self.resized.items()]
         lines += [f"{name}: fresh" for name in self.fresh]
         return "; ".join(lines)
@@ -231,9 +235,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_weights(module: LightningModule, weights: str, keep_matching_classes: bool = False) -> Transfer:
-    """Start a model from weights; only a head of another number of classes may differ.
+    """Start a model from weights; a head of another number of classes may differ, and the channels of the pictures.
 
     A model of ImageNet's 1,000 classes that was given no names takes theirs with weights that torchvision published.
+    For other channels the first convolution is adapted as :func:`zoo.channels.adapt` says.
 
     Args:
         module: A model with ``backbone`` and ``head``.
@@ -249,8 +254,15 @@ def load_weights(module: LightningModule, weights: str, keep_matching_classes: b
         FileNotFoundError: There is no such file.
         ValueError: The file is unsafe or damaged, or tensors outside the head do not fit; it names them.
     """
-    state, header = _read_as_ours(module, weights)
-    state, transfer, wrong = _match(module, state, header, keep_matching_classes)
+    given, header = _read_as_ours(module, weights)
+    arguments = header.get("arguments")
+    try:
+        adapted, said = adapt(module, given, arguments if isinstance(arguments, dict) else {})
+    except ValueError as error:
+        raise ValueError(f"{weights} does not fit {type(module).__name__}: {error}") from error
+    state, transfer, wrong = _match(module, adapted, header, keep_matching_classes)
+    transfer.channels = said
+    transfer.loaded = [key for key in transfer.loaded if adapted[key] is given[key]]
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ValueError(f"{weights} does not fit {type(module).__name__}: {'; '.join(wrong[:8])}{more}")

@@ -53,7 +53,8 @@ def _first_weights(model: nn.Module, size: Sequence[int]) -> Tensor:
     channels, height, width = size
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
-            if module.in_channels == channels in (1, 3) and max(module.kernel_size) > 1:
+            # A model for grey pictures may standardise them for each of three channels.
+            if channels in (1, module.in_channels) and module.in_channels in (1, 3) and max(module.kernel_size) > 1:
                 return module.weight
             raise ValueError(f"the first convolution, {name}, has {module.in_channels} channels and no view of pixels")
         if isinstance(module, nn.Linear):
