@@ -36,6 +36,7 @@ from zoo.running.profiling import NoProfiler
 from zoo.running.progress import EpochLines
 from zoo.running.provenance import Provenance
 from zoo.running.resume import ExactResume, Other
+from zoo.running.tolerance import ReportsMayFail
 from zoo.running.views import TestTimeAugmentation
 from zoo.weights import read_weights
 
@@ -282,7 +283,7 @@ class RecipeCLI(LightningCLI):
             allowed: list[Other] = [cast(Other, other)] if isinstance(other, str) else other
             callbacks = [ExactResume(allowed), *callbacks, Provenance(self.recipe), WritePredictions()]
         if self.trial is None:
-            callbacks = [EndTogether(), *callbacks, EffectiveBatch(), LookAtSamples(), EpochLines()]
+            callbacks = [EndTogether(), ReportsMayFail(), *callbacks, EffectiveBatch(), LookAtSamples(), EpochLines()]
         if kind := self._get(self.config_init, "test_time_augmentation"):
             callbacks.append(TestTimeAugmentation(kind))
         if config.get("enable_checkpointing") is not False:

@@ -1,15 +1,16 @@
 """Pictures of what a generator makes: tiles on one sheet, and an animation of them over training."""
 
-from pathlib import Path
+import io
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from lightning import LightningModule
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch import Tensor
+
+from zoo.running.pictures import log_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,17 +76,15 @@ def log_animation(module: LightningModule, name: str, frames: list[np.ndarray]) 
     trainer = module.trainer
     if trainer.fast_dev_run or trainer.sanity_checking or not frames:  # type: ignore[attr-defined]
         return
-    for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger):
-            path = Path(logger.log_dir) / "pictures" / f"{name.replace('/', '_')}.gif"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_gif(path, frames)
+    log_file(module, name, ".gif", to_gif(frames))
 
 
-def write_gif(path: Path, frames: list[np.ndarray]) -> None:
-    """Write an animation that goes round and stays a second at its end; see :func:`log_animation`."""
+def to_gif(frames: list[np.ndarray]) -> bytes:
+    """An animation that goes round and stays a second at its end, as a GIF file; see :func:`log_animation`."""
     enlarged = max(1, SIDE // max(frames[0].shape[:2]))
     chosen = [frames[k] for k in np.linspace(0, len(frames) - 1, min(len(frames), FRAMES)).round().astype(int)]
     shown = [Image.fromarray(frame.repeat(enlarged, 0).repeat(enlarged, 1)) for frame in chosen]
     durations = [MILLISECONDS] * (len(shown) - 1) + [1000]
-    shown[0].save(path, save_all=True, append_images=shown[1:], duration=durations, loop=0)
+    file = io.BytesIO()
+    shown[0].save(file, "GIF", save_all=True, append_images=shown[1:], duration=durations, loop=0)
+    return file.getvalue()

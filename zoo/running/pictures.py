@@ -11,6 +11,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch import Tensor
 
+from zoo.running.checkpoint import replacing
+from zoo.running.tolerance import tolerating
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -30,19 +33,17 @@ def log_picture(module: LightningModule, name: str, figure: "Figure") -> None:
     png = to_png(figure)
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))  # (H, W, 3)
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, pixels, module.global_step, dataformats="HWC")
-        elif isinstance(logger, WandbLogger):
-            logger.log_image(name, [pixels], step=module.global_step)
-        elif isinstance(logger, CSVLogger):
-            path = Path(logger.log_dir) / "pictures" / f"{name.replace('/', '_')}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(png)
+        with tolerating(trainer, f"{type(logger).__name__}'s pictures"):
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(name, pixels, module.global_step, dataformats="HWC")
+            elif isinstance(logger, WandbLogger):
+                logger.log_image(name, [pixels], step=module.global_step)
+    log_file(module, name, ".png", png)
 
 
 @rank_zero_only
 def log_file(module: LightningModule, name: str, suffix: str, content: bytes) -> None:
-    """Write ``<log_dir>/pictures/<name><suffix>``, what is no still picture: an animation, a page.
+    """Write ``<log_dir>/pictures/<name><suffix>``: a picture, an animation, a page; over the one that is there.
 
     Args:
         module: The module that is being run by a Trainer.
@@ -53,8 +54,8 @@ def log_file(module: LightningModule, name: str, suffix: str, content: bytes) ->
     for logger in module.trainer.loggers:
         if isinstance(logger, CSVLogger):
             path = Path(logger.log_dir) / "pictures" / f"{name.replace('/', '_')}{suffix}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            with tolerating(module.trainer, f"pictures in {path.parent}"), replacing(path) as partial:
+                partial.write_bytes(content)
 
 
 def write_png(figure: "Figure", path: Path) -> None:

@@ -4,6 +4,8 @@ import time
 
 from lightning import Callback, LightningModule, Trainer
 
+from zoo.running.tolerance import say
+
 
 class EpochLines(Callback):
     """Prints epoch, seconds and the newest metrics after every training epoch."""
@@ -30,6 +32,6 @@ class EpochLines(Callback):
         line = f"epoch {trainer.current_epoch + 1}{of}  {seconds:.1f} s  {metrics}"
         bar = trainer.progress_bar_callback
         if bar is None:
-            print(line, flush=True)
+            say(line)
         else:
             bar.print(line)
