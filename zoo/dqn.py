@@ -404,7 +404,7 @@ class DQN(ControlTask):
         if best is None:
             return
         states = len(best)
-        values = self.scores_of(torch.eye(states, device=self.device)).double().cpu()
+        values = self.scores_of(torch.eye(states, device=self.device)).cpu().double()
         error = (values - torch.from_numpy(best))[1:-1].abs().max()  # nothing is learnt of the ends, where none acts
         self.log("test/value_error", float(error), rank_zero_only=False, sync_dist=False)
         log_picture(self, "test/policy", policy_figure(values.numpy(), round(states**0.5), "what was learnt"))

@@ -90,7 +90,7 @@ def precision_recall_figure(curves: Tensor, class_names: list[str]) -> "Figure":
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot(xlim=(0, 1.005), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
     axes.grid(color="0.9", linewidth=0.6)
-    values = curves.detach().double().cpu().numpy()
+    values = curves.detach().cpu().double().numpy()
     known = [k for k in range(len(values)) if not np.isnan(values[k]).any()]
     recall = np.linspace(0, 1, values.shape[1])
     ranked = sorted(known, key=lambda k: -values[k].mean())

@@ -67,7 +67,7 @@ class InceptionFID(Callback):
                 f"InceptionFID is for models that generate pictures, not for zoo.{type(pl_module).__name__}"
             )
         if self._fid is not None and len(outputs):
-            self._fid.to(pl_module.device)
+            self._fid.network.to(pl_module.device)
             self._fid.update(_in_bytes(batch[0]), real=True)
             self._fid.update(_in_bytes(outputs), real=False)
             self._count += len(outputs)
@@ -80,7 +80,7 @@ class InceptionFID(Callback):
         count = int(trainer.strategy.reduce(counted, reduce_op="sum"))
         if count < FEW:
             rank_zero_warn(f"test/inception_fid is of {count} pictures: of fewer than {FEW} it comes out far too large")
-        pl_module.log("test/inception_fid", self._fid.compute().float())
+        pl_module.log("test/inception_fid", float(self._fid.compute()))
         self._fid.reset()
         self._count = 0
 
@@ -108,4 +108,4 @@ def load_inception(weights: str | None) -> FrechetDistance:
 
 def _in_bytes(images: Tensor) -> Tensor:
     """Pictures (N, 1 or 3, H, W) in [0, 1] as uint8 (N, 3, H, W)."""
-    return as_saved(images).mul(255).byte().expand(-1, 3, -1, -1)
+    return as_saved(images).mul(255).byte().to(images.device).expand(-1, 3, -1, -1)

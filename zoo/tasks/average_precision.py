@@ -80,7 +80,7 @@ def match_detections(boxes: Tensor, scores: Tensor, truths: Tensor, threshold: f
         Boolean (N,) in the order of ``boxes``.
     """
     correct = torch.zeros(len(boxes), dtype=torch.bool)
-    overlaps = iou(boxes.double().cpu(), truths.double().cpu())  # (N, M); float64 as pycocotools has it
+    overlaps = iou(boxes.cpu().double(), truths.cpu().double())  # (N, M); float64 as pycocotools has it
     free = torch.ones(len(truths), dtype=torch.bool)
     for detection in scores.argsort(descending=True, stable=True).tolist():
         candidates = torch.where(free, overlaps[detection], -1.0)
@@ -100,10 +100,10 @@ def precision_recall(scores: Tensor, correct: Tensor, positives: int) -> tuple[T
 
     Returns:
         Precision (N,): the share of the detections so far that are correct; and recall (N,): the share of the objects
-        that are found so far, NaN where there is no object. Both float64.
+        that are found so far, NaN where there is no object. Both float64 on the CPU.
     """
-    hits = correct[scores.argsort(descending=True, stable=True)].double().cumsum(0)
-    seen = torch.arange(1, len(hits) + 1, dtype=torch.float64, device=hits.device)
+    hits = correct[scores.argsort(descending=True, stable=True)].cpu().double().cumsum(0)
+    seen = torch.arange(1, len(hits) + 1, dtype=torch.float64)
     return hits / seen, hits / (positives if positives else float("nan"))
 
 

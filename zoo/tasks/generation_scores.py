@@ -4,16 +4,22 @@ The Fréchet distance of Heusel et al., 2017, https://arxiv.org/abs/1706.08500 (
 Kynkäänniemi et al., 2019, https://arxiv.org/abs/1904.06991 (section 2), not in the features of Inception, which knows
 photographs, but in those of a classifier of this zoo. So the numbers are called ``classifier_fid`` and compare only
 with others of the same classifier and as many pictures; none is comparable with a published FID.
+
+All of it is in float64, in which a number does not depend on how the pictures were shared out among batches and
+processes. As not every device has float64, it is on the CPU; the classifier looks at pictures where they are if that is
+a GPU of CUDA.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from zoo import recipes
 from zoo.tasks.classification import ClassificationTask
@@ -38,7 +44,6 @@ def load_classifier(classifier: str) -> ClassificationTask:
     model = load(_find(classifier))
     if not isinstance(model, ClassificationTask):
         raise ValueError(f"classifier={classifier} holds a zoo.{type(model).__name__}, expected a classifier")
-    # In float64 a number does not depend on how the pictures were shared out among batches and processes.
     return model.double().requires_grad_(False)
 
 
@@ -63,26 +68,43 @@ def as_saved(images: Tensor) -> Tensor:
 
     Args:
         images: In [0, 1], of any shape.
+
+    Returns:
+        float64, where they are if that is a GPU of CUDA, else on the CPU.
     """
-    return images.double().clamp(0, 1).mul(255).round().div(255)
+    there = images.device if images.device.type == "cuda" else torch.device("cpu")
+    return images.to(there).double().clamp(0, 1).mul(255).round().div(255)
+
+
+def gather(tensor: Tensor, group: Any = None) -> list[Tensor]:
+    """Every process's tensor, on the CPU, by way of GPUs where only these exchange anything."""
+    if "nccl" in distributed.get_backend(group):
+        tensor = tensor.cuda()
+    return [share.cpu() for share in gather_all_tensors(tensor, group)]
 
 
 class FrechetDistance(FrechetInceptionDistance):
-    """The Fréchet distance between the Gaussians of two sets of features, by torchmetrics, in float64.
+    """The Fréchet distance between the Gaussians of two sets of features, by torchmetrics, in float64 on the CPU.
 
     NaN where a set has fewer than two samples. With fewer samples than features it comes out too large, the more so
     the fewer there are.
 
     Args:
         features: Length D of a feature vector.
-        network: Gives features (N, D) of what ``update`` is given, beside whether it is real; None: it is given them.
+        network: Gives features (N, D) of what ``update`` is given, where that is; None: it is given them.
     """
 
     def __init__(self, features: int, network: nn.Module | None = None) -> None:
-        given = network or nn.Identity()
+        given = nn.Identity()
         given.num_features = features  # type: ignore[assignment]
-        super().__init__(feature=given)
+        super().__init__(feature=given, dist_sync_fn=gather)
+        self.network = network or nn.Identity()
+        self.features = features
         self.orig_dtype = torch.float64
+
+    def update(self, samples: Tensor, real: bool) -> None:
+        """Add what the network takes, or features (N, D), of real or of generated pictures; N may be 0."""
+        super().update(self.network(samples).cpu().double(), real)
 
     def compute(self) -> Tensor:
         """The distance, 0 for sets alike."""
@@ -105,7 +127,7 @@ class PrecisionRecall(Metric):
     generated: list[Tensor]
 
     def __init__(self, neighbours: int = 3) -> None:
-        super().__init__()
+        super().__init__(dist_sync_fn=gather)
         self.neighbours = neighbours
         self.add_state("real", [], dist_reduce_fx="cat")
         self.add_state("generated", [], dist_reduce_fx="cat")
@@ -148,7 +170,7 @@ class SeenClasses(Metric):
     right: Tensor
 
     def __init__(self, num_classes: int) -> None:
-        super().__init__()
+        super().__init__(dist_sync_fn=gather)
         self.add_state("counts", torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("confidence", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("asked", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -169,7 +191,7 @@ class SeenClasses(Metric):
 
 
 class GenerationScores(nn.Module):
-    """All numbers of one evaluation; the same on any number of processes.
+    """All numbers of one evaluation; the same on any number of processes. It stays on the CPU, wherever its owner goes.
 
     ``classifier_fid``; ``sample_precision`` and ``sample_recall``; ``sample_confidence``, the mean probability of the
     class that the classifier sees; ``sample_classes``, of how many classes there are at least a tenth of an even share;
@@ -190,6 +212,9 @@ class GenerationScores(nn.Module):
         self.seen = SeenClasses(classes)
         self.conditional = False
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "GenerationScores":
+        return self  # neither moved nor in another precision
+
     def update(self, images: Tensor, real: bool, asked: Tensor | None = None) -> None:
         """Add pictures (N, C, H, W) in [0, 1]; of generated ones the classes (N,) that were asked for, if any were."""
         features, probabilities = see(self._classifier[0], images)
@@ -198,7 +223,7 @@ class GenerationScores(nn.Module):
             self.neighbourhoods.update(features, real)
         if not real:
             self.conditional = asked is not None
-            self.seen.update(probabilities, asked)
+            self.seen.update(probabilities, None if asked is None else asked.cpu())
 
     def compute(self) -> dict[str, Tensor]:
         """The numbers by name, each a scalar; every process takes part."""
@@ -225,9 +250,12 @@ class GenerationScores(nn.Module):
 
 
 def see(classifier: ClassificationTask, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (N, D) and probabilities (N, classes), float64, of pictures (N, C, H, W) in [0, 1] as they are saved.
+    """Features (N, D) and probabilities (N, classes) of pictures (N, C, H, W) in [0, 1] as they are saved.
 
     Pictures of another size are brought to the classifier's.
+
+    Returns:
+        float64, on the CPU, wherever the pictures are.
 
     Raises:
         ValueError: It was trained on pictures with another number of channels.
@@ -235,14 +263,14 @@ def see(classifier: ClassificationTask, images: Tensor) -> tuple[Tensor, Tensor]
     channels, *size = classifier.example_input_array.shape[1:]
     if images.shape[1] != channels:
         raise ValueError(f"the classifier wants pictures of {channels} channels, these have {images.shape[1]}")
-    classifier.to(images.device)
     images = as_saved(images)
+    classifier.to(images.device)
     if list(images.shape[2:]) != size:
         resized = F.interpolate(images, size, mode="bilinear", antialias=True) if len(images) else None
         images = images.new_zeros(0, channels, *size) if resized is None else resized
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         features = classifier.backbone(images).flatten(1)
-        return features, cast(Tensor, classifier.head(features)).softmax(1)
+        return features.cpu(), cast(Tensor, classifier.head(features)).softmax(1).cpu()
 
 
 def _widths(classifier: ClassificationTask) -> tuple[int, int]:

@@ -58,7 +58,7 @@ def _check(points: Tensor, others: Tensor) -> None:
 def _by_trees(vertices: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     # A tree refuses what is not finite; a loss that is NaN is for the run to tell, which knows the batch. Of numbers
     # that do not lie one behind the other pynanoflann takes others than are meant, and says nothing.
-    sides = [each.double().nan_to_num(0, 0, 0).contiguous().numpy() for each in (vertices, points)]
+    sides = [each.cpu().double().nan_to_num(0, 0, 0).contiguous().numpy() for each in (vertices, points)]
     search: Callable[[np.ndarray, np.ndarray, int], list[np.ndarray]]
     try:
         from pynanoflann import KDTree
@@ -130,6 +130,28 @@ def distances(vertices: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]
     to_points = (vertices - take(points, places)).square().sum(-1)
     to_vertices = (points - take(vertices, back)).square().sum(-1)
     return to_points, to_vertices, places
+
+
+def exact_distances(vertices: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`distances`, for scores: float64 and without gradients, on the CPU, as not every device has float64.
+
+    The nearest are looked for where the tensors are.
+
+    Args:
+        vertices: float (N, V, 3).
+        points: float (N, M, 3).
+
+    Returns:
+        Of each vertex (N, V), and of each point (N, M).
+
+    Raises:
+        ValueError: As for :func:`nearest`.
+        ImportError: As for :func:`nearest`.
+    """
+    places, back = (each.cpu() for each in nearest(vertices, points))
+    vertices, points = (each.detach().cpu().double() for each in (vertices, points))
+    to_points = (vertices - take(points, places)).square().sum(-1)
+    return to_points, (points - take(vertices, back)).square().sum(-1)
 
 
 def chamfer_distance(vertices: Tensor, points: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from zoo.tasks.mesh_losses import distances
+from zoo.tasks.mesh_losses import exact_distances
 
 TAU = 1e-4  # squared distance up to which a point is right: 0.01 in length
 NAMES = ["chamfer", "f_score", "f_score_2tau"]
@@ -35,14 +35,14 @@ def mesh_scores(vertices: Tensor, points: Tensor, tau: float = TAU) -> Tensor:
         tau: The threshold, of the squared distance.
 
     Returns:
-        float64 (N, 3): Chamfer distance (mean squared distance one way plus that the other way), F-score at tau and at
-        2 tau. NaN for a mesh or points that are not finite.
+        float64 (N, 3), on the CPU: Chamfer distance (mean squared distance one way plus that the other way), F-score at
+        tau and at 2 tau. NaN for a mesh or points that are not finite.
 
     Raises:
         ValueError: The shapes do not fit, or there are no points.
         ImportError: The tensors are on a CPU and scipy is not installed.
     """
-    to_points, to_vertices, _ = distances(vertices.detach().double(), points.detach().double())
+    to_points, to_vertices = exact_distances(vertices, points)
     chamfer = to_points.mean(1) + to_vertices.mean(1)
     columns = [chamfer]
     for threshold in (tau, 2 * tau):
@@ -100,7 +100,7 @@ class MeshScores(Metric):
             return
         if labels.min() < 0 or labels.max() >= self.num_classes:
             raise ValueError(f"labels must be 0 to {self.num_classes - 1}: got {labels.unique().tolist()}")
-        scores = mesh_scores(vertices, points, self.tau).cpu()
+        scores = mesh_scores(vertices, points, self.tau)
         truths = points.detach().cpu().double().sum((1, 2))  # enough to tell different truths
         self._everyones = None
         self._rows.append((torch.stack([ids, labels], 1).cpu(), torch.cat([scores, truths[:, None]], 1)))
