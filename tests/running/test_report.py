@@ -107,6 +107,19 @@ def test_what_is_to_be_said_of_the_data_stands_beside_every_figure(run, tmp_path
     assert json.loads((tmp_path / "results.json").read_text())[0]["data_note"] == "JPEG copy"
 
 
+def test_a_figure_that_is_not_to_be_relied_upon_says_so_beside_it(run, tmp_path):
+    run.data_note = "JPEG copy"
+    run.results[0].doubt = "unreliable: of 9 pictures"
+    write_report(tmp_path / "report.html", [run])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<td>0.9500 (unreliable: of 9 pictures; JPEG copy)</td>" in page
+    assert read_results(tmp_path / "results.json") == [run]
+    (content,) = json.loads((tmp_path / "results.json").read_text())
+    assert content["results"][0].pop("doubt") == "unreliable: of 9 pictures"
+    (tmp_path / "results.json").write_text(json.dumps([content]))
+    assert read_results(tmp_path / "results.json")[0].results[0].doubt == "", "a report of an earlier version"
+
+
 def test_results_are_read_back_as_they_were(run, tmp_path):
     write_report(tmp_path / "report.html", [run])
     assert read_results(tmp_path / "results.json") == [run]

@@ -9,6 +9,7 @@ from lightning import Trainer
 from PIL import Image
 
 import zoo
+from zoo.running import control_pictures
 from zoo.running.control_pictures import Curve, episode_figure, policy_figure, returns_figure, write_film
 from zoo.running.pictures import to_png
 
@@ -89,6 +90,30 @@ def test_the_curve_survives_a_checkpoint(tmp_path):
     other = zoo.DQN(hidden=[4])
     other.on_load_checkpoint(torch.load(tmp_path / "c.ckpt", weights_only=True))
     assert (other._curve, other._steps, other._returns) == (model._curve, 30, [5.0])
+
+
+def test_a_long_curve_keeps_a_bounded_number_of_points_evenly():
+    curve = Curve()
+    for steps in range(0, 5_000_000, 100):
+        curve.episodes.append((steps, float(steps)))
+        curve.epsilon.append((7, 0.5))
+        curve.thin()
+        assert len(curve.episodes) <= 2000
+    assert len(curve.epsilon) <= 2000
+    apart = np.diff([steps for steps, _ in curve.episodes])
+    assert len(curve.episodes) > 500
+    assert apart[:500].max() <= 2 * 8192
+    short = [(steps, 0.0) for steps in range(2000)]
+    curve = Curve(episodes=[*short])
+    curve.thin()
+    assert curve.episodes == short
+
+
+def test_points_are_the_first_ones_of_equal_parts(monkeypatch):
+    monkeypatch.setattr(control_pictures, "POINTS", 4)
+    points = [(steps, f"{steps}") for steps in (0, 1, 3, 4, 5, 6, 11, 12, 13)]
+    assert [steps for steps, _ in control_pictures.thinned(points)] == [0, 4, 11, 12]
+    assert control_pictures.thinned(control_pictures.thinned(points)) == control_pictures.thinned(points)
 
 
 # Pictures

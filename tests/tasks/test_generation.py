@@ -1,7 +1,9 @@
 """Training two networks in Lightning, sampling, and what is said of failures."""
 
 import math
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from lightning import Callback, Trainer, seed_everything
@@ -10,6 +12,7 @@ from torch import optim
 from torch.nn import functional as F
 
 import zoo
+from zoo.running import generated_pictures
 from zoo.running.averaging import EMA
 from zoo.running.checkpoint import SafeCheckpointIO, checkpoint_callbacks
 from zoo.running.resume import ExactResume
@@ -294,6 +297,38 @@ def test_evaluation_is_the_same_each_time_and_for_the_best_generator_zero(tmp_pa
     perfect = trainer.test(model, loader(), verbose=False)[0]
     assert perfect["test/classifier_fid"] == pytest.approx(0, abs=1e-3 * numbers[0]["test/classifier_fid"] + 1e-4)
     assert perfect["test/sample_precision"] == perfect["test/sample_recall"] == 1
+
+
+@pytest.mark.parametrize(("count", "doubted"), [(83, True), (84, False)])
+def test_a_distance_of_no_more_pictures_than_features_is_marked(tmp_path, count, doubted):
+    zoo.save(zoo.LeNet(image_size=8), tmp_path / "judge.safetensors")
+    model = small(classifier=str(tmp_path / "judge.safetensors"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Trainer(**QUIET, enable_checkpointing=False).test(model, loader(count), verbose=False)
+    said = [str(each.message) for each in caught if "classifier_fid" in str(each.message)]
+    assert [*model.doubts] == ["test/classifier_fid"] * doubted
+    assert len(said) == doubted
+    assert all(f"unreliable: of {6 * count} pictures, which with 500 features" in each for each in said)
+
+
+def test_of_many_sheets_a_bounded_number_is_kept_the_same_after_a_resume(monkeypatch):
+    monkeypatch.setattr(generated_pictures, "FRAMES", 4)
+    shown = []
+    monkeypatch.setattr("zoo.tasks.generation.log_animation", lambda _, __, frames: shown.append([*map(int, frames)]))
+    whole, before, after = small(), small(), small()
+    for epoch in range(40):
+        whole._animate(np.array(epoch))
+        (before if epoch < 17 else after)._animate(np.array(epoch))
+        if epoch == 16:
+            checkpoint: dict = {}
+            before.on_save_checkpoint(checkpoint)
+            after.on_load_checkpoint(checkpoint)
+        assert len(whole._frames) <= 4
+        assert shown[-1] == [frame for frame in shown[-2] if frame >= 17 or epoch < 17]
+    assert shown[6] == [0, 1, 2, 3]
+    assert shown[-2] == [0, 16, 32, 39]
+    assert shown[-1] == [32, 39]
 
 
 def test_the_classifier_is_no_part_of_the_model(tmp_path):

@@ -1,6 +1,7 @@
 """Pictures of learning to act: returns over a run, films of episodes, values along one, and a grid world's policy."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from zoo.running.checkpoint import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+POINTS = 1000  # of a part of a curve, about: of longer ones some are left out evenly
 FILM_FRAMES = 250  # of a film at most; of longer episodes some are left out evenly
 LEAST_MILLISECONDS = 20  # a frame: viewers show shorter ones slowly
 SCENES = 8  # of an episode on a sheet
@@ -21,7 +23,7 @@ ARROWS = ((0, 0.3), (0.3, 0), (0, -0.3), (-0.3, 0))  # x and y of up, right, dow
 
 @dataclass
 class Curve:
-    """What is drawn of a run, by the steps in environments.
+    """What is drawn of a run, by the steps in environments; of a long run no more than some thousand points a part.
 
     Attributes:
         episodes: (steps, mean return of training episodes that ended).
@@ -33,6 +35,12 @@ class Curve:
     epsilon: list[tuple[int, float]] = field(default_factory=list)
     evaluations: list[tuple[int, float, float]] = field(default_factory=list)
 
+    def thin(self) -> None:
+        """Leave out points of what has become long; the same ones, wherever a run was stopped and gone on with."""
+        for points in vars(self).values():
+            if len(points) > 2 * POINTS:
+                points[:] = thinned(points)
+
     def plain(self) -> dict[str, Any]:
         """As lists, for a checkpoint."""
         return {name: [list(point) for point in points] for name, points in vars(self).items()}
@@ -41,6 +49,14 @@ class Curve:
     def of(cls, plain: dict[str, Any]) -> "Curve":
         """What :meth:`plain` gave; other keys are left out."""
         return cls(**{name: [tuple(point) for point in plain[name]] for name in ("episodes", "epsilon", "evaluations")})
+
+
+def thinned(points: list[Any]) -> list[Any]:
+    """The first of the points (steps, …) in each of at most 1000 equal parts of the steps so far."""
+    width = 1  # a power of 2, so that wider parts are made of whole ones
+    while points[-1][0] // width >= POINTS:
+        width *= 2
+    return [point for before, point in pairwise([(-width,), *points]) if point[0] // width != before[0] // width]
 
 
 def returns_figure(curve: Curve) -> "Figure":

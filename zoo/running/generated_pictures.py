@@ -79,6 +79,17 @@ def log_animation(module: LightningModule, name: str, frames: list[np.ndarray]) 
     log_file(module, name, ".gif", to_gif(frames))
 
 
+def kept(count: int) -> range:
+    """Of so many frames those that are kept for an animation: every 1st, 2nd, 4th, …, at most 100 of them.
+
+    What is kept of more frames was kept of fewer, so that they can be left out as they come.
+    """
+    every = 1
+    while count > FRAMES * every:
+        every *= 2
+    return range(0, count, every)
+
+
 def to_gif(frames: list[np.ndarray]) -> bytes:
     """An animation that goes round and stays a second at its end, as a GIF file; see :func:`log_animation`."""
     enlarged = max(1, SIDE // max(frames[0].shape[:2]))

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class Result:
     """One claim of a recipe and what was measured.
 
-    ``measured`` is None where the run did not log the metric: that is a miss.
+    ``measured`` is None where the run did not log the metric: that is a miss. ``doubt`` is why it is not to be relied
+    upon, where it is not.
     """
 
     recipe: str
@@ -37,6 +38,7 @@ class Result:
     tolerance: float
     source: str
     measured: float | None
+    doubt: str = ""
 
     @property
     def met(self) -> bool:
@@ -85,10 +87,11 @@ class Run:
         return "failed" if self.error else "met" if result.met else "missed"
 
     def measured(self, result: Result) -> str:
-        """A measured value as people read it, with what is to be said of the data."""
+        """A measured value as people read it, with what is to be said of it and of the data."""
         if result.measured is None:
             return "" if self.error else "not logged"
-        return f"{result.measured:.4f}" + (f" ({self.data_note})" if self.data_note else "")
+        notes = "; ".join(note for note in (result.doubt, self.data_note) if note)
+        return f"{result.measured:.4f}" + (f" ({notes})" if notes else "")
 
 
 def hold_against(recipe: str, expect: list[dict[str, Any]], metrics: dict[str, float]) -> list[Result]:

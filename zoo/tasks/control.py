@@ -123,11 +123,13 @@ class ControlTask(LightningModule):
             returns = batch["returns"].tolist()
             self._returns += returns
             self._curve.episodes.append((self._steps, sum(returns) / len(returns)))
+            self._curve.thin()
 
     def log_training(self, loss: Tensor) -> None:
         """Log a loss, and what collecting gave since the last time."""
         epsilon = self.exploration(self._steps)
         self._curve.epsilon.append((self._steps, epsilon))
+        self._curve.thin()
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({"train/epsilon": epsilon, "train/environment_steps": float(self._steps)})
         if self._returns:
@@ -150,6 +152,7 @@ class ControlTask(LightningModule):
         numbers = self._log_episodes("val")
         if numbers and not self.trainer.sanity_checking:
             self._curve.evaluations.append((self._steps, numbers["return"], numbers["return_std"]))
+            self._curve.thin()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Count the episodes of a batch."""
@@ -161,7 +164,7 @@ class ControlTask(LightningModule):
 
     def _count(self, batch: Batch) -> None:
         for name, played in self._played.items():
-            played.append(batch[name].double().cpu())
+            played.append(batch[name].cpu().double())
 
     def _log_episodes(self, stage: Literal["val", "test"]) -> dict[str, float]:
         """Every process has played the same episodes: there is nothing to put together."""

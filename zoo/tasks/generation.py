@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
-from zoo.running.generated_pictures import log_animation, tiles, tiles_figure
+from zoo.running.generated_pictures import kept, log_animation, tiles, tiles_figure
 from zoo.running.optimizing import SchedulerCallable, configure_optimizers
 from zoo.running.pictures import contact_sheet, log_picture
 from zoo.tasks.adversarial import UNDECIDED, Loss, discriminator_loss, generator_loss, step, unsynchronized
@@ -92,8 +92,10 @@ class GenerationTask(LightningModule):
         self.test_count = SumMetric()
         self._seen = 0  # pictures of this evaluation, on this process
         self._window: list[tuple[Tensor, Tensor]] = []  # batches since the last step
-        self._frames: list[np.ndarray] = []
+        self._frames: dict[int, np.ndarray] = {}  # sheets of samples, by the number of the validation
+        self._sheets = 0  # that were made
         self._most_classes = 0
+        self.doubts: dict[str, str] = {}  # of metrics of the last test: why not to rely on them, for the report
         self._told_apart: list[Tensor] = []  # the discriminator's losses of this epoch
 
     def score(self, images: Tensor, labels: Tensor | None) -> Tensor:
@@ -179,7 +181,7 @@ class GenerationTask(LightningModule):
     def setup(self, stage: str) -> None:
         """Forget what another fit has left."""
         if stage == "fit":
-            self._window, self._frames, self._told_apart, self._most_classes = [], [], [], 0
+            self._window, self._frames, self._told_apart, self._most_classes, self._sheets = [], {}, [], 0, 0
         if not self._judge:
             rank_zero_info("no classifier: classifier_fid and the other numbers of quality are left out")
 
@@ -310,6 +312,7 @@ class GenerationTask(LightningModule):
             self._log_numbers("test", numbers)
             if missing := self.test_scores.missing():
                 rank_zero_warn(f"of {', '.join(missing)} there are hardly any generated pictures: mode collapse")
+            self._doubt(int(self.test_count.compute()), self.test_scores.fid.features)
             self.test_scores.reset()
         if self.trainer.is_global_zero and self.trainer.loggers:
             self._show_codes("test")
@@ -341,7 +344,15 @@ class GenerationTask(LightningModule):
 
     def _log_numbers(self, stage: str, numbers: dict[str, Tensor]) -> None:
         for name, value in numbers.items():
-            self.log(f"{stage}/{name}", value.float(), prog_bar=name == "classifier_fid")
+            self.log(f"{stage}/{name}", float(value), prog_bar=name == "classifier_fid")
+
+    def _doubt(self, count: int, features: int) -> None:
+        """Say of a distance of too few pictures that it is not to be relied upon."""
+        self.doubts = {}
+        if count <= features:
+            doubt = f"unreliable: of {count} pictures, which with {features} features come out far too far apart"
+            self.doubts["test/classifier_fid"] = doubt
+            rank_zero_warn(f"test/classifier_fid is {doubt}")
 
     def _watch_classes(self, classes: int, missing: list[str]) -> None:
         """Say when classes are lost that there were before."""
@@ -396,8 +407,14 @@ class GenerationTask(LightningModule):
         images = self.decode(self._codes_at(range(count)))
         log_picture(self, "val/samples", tiles_figure(images, columns, f"samples, epoch {self.current_epoch}"))
         if self.trainer.state.fn == "fit":
-            self._frames.append(tiles(images, columns))
-            log_animation(self, "val/samples_over_training", self._frames)
+            self._animate(tiles(images, columns))
+
+    def _animate(self, sheet: np.ndarray) -> None:
+        """Show a sheet of samples (height, width, 3) after some of those before."""
+        self._frames[self._sheets] = sheet
+        self._sheets += 1
+        log_animation(self, "val/samples_over_training", list(self._frames.values()))
+        self._frames = {place: frame for place, frame in self._frames.items() if place in kept(self._sheets)}
 
     def _show_codes(self, stage: str) -> None:
         """Interpolation between codes, and with a classifier sums of them."""
@@ -446,11 +463,13 @@ class GenerationTask(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in the file what it is; keep the batches that wait for a step."""
+        """Say in the file what it is; keep the batches that wait for a step, and the number of sheets."""
         checkpoint["zoo"] = describe(self)
         if self._window and self.trainer.world_size == 1:
             checkpoint["waiting_batches"] = self._window
+        checkpoint["sheets"] = self._sheets
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the batches that waited for a step."""
+        """Go on with the batches that waited for a step, and with the sheets' numbers."""
+        self._sheets = checkpoint.get("sheets", 0)
         self._window = [tuple(batch) for batch in checkpoint.get("waiting_batches", [])]
