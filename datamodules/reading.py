@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from datamodules.pictures import Picture, centre, random_box, resize, resize_short_side
 from datamodules.sampling import EvaluationBatches, TensorLoader, TrainingBatches
@@ -345,7 +346,7 @@ def data_loader(dataset: Dataset, jobs: Any, workers: int, pin_memory: bool = Fa
         dataset,
         batch_sampler=jobs,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_handed_over,
         worker_init_fn=_leave_signals_to_the_parent,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
@@ -371,7 +372,16 @@ def _end_workers(loader: "DataLoader | AheadLoader") -> None:
     loader._iterator = None
 
 
-def _as_it_is(batch: Any) -> Any:
+def _handed_over(batch: Any) -> Any:
+    """What a worker has read, in the memory that it shares with the run's own process.
+
+    Python's queue would do it later, in a thread whose errors nobody hears: with /dev/shm full the run would wait for
+    ever.
+    """
+    if get_worker_info() is not None:
+        for part in tree_leaves(batch):
+            if isinstance(part, Tensor):
+                part.share_memory_()
     return batch
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import zoo
 from zoo import recipes
 from zoo.recipes import RecipeError, refusing, suggest
-from zoo.running.starting import WEIGHTS, finish, is_for_the_user, prepare, quieten
+from zoo.running.starting import WEIGHTS, finish, is_for_the_user, naming_dead_workers, prepare, quieten
 
 if TYPE_CHECKING:
     from zoo.running.command import RecipeCLI
@@ -77,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise RecipeError(f"there is no command {arguments[0]!r}{suggest(arguments[0], COMMANDS)}")
-        return COMMANDS[arguments[0]](arguments)
+        with naming_dead_workers():
+            return COMMANDS[arguments[0]](arguments)
     except _HelpWasShown:
         return 0
     except BrokenPipeError:  # whoever read on, as `head` does, has seen enough

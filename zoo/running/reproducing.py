@@ -12,7 +12,7 @@ from zoo import recipes
 from zoo.recipes import RecipeError
 from zoo.running.command import RecipeCLI
 from zoo.running.report import Run, hold_against, read_results, write_report
-from zoo.running.starting import finish, hushed, is_for_the_user, name_of, prepare
+from zoo.running.starting import finish, hushed, is_for_the_user, name_of, naming_dead_workers, prepare
 
 
 def reproduce(asked: list[str], overrides: list[str], out: Path | None = None, resume: bool = False) -> int:
@@ -62,7 +62,8 @@ def _attempt(recipe: str, overrides: list[str], alone: bool) -> Run:
     metrics: dict[str, float] = {}
     try:
         cli = _prepare_with_claims(recipe, overrides)
-        metrics = _measure(cli)
+        with naming_dead_workers():
+            metrics = _measure(cli)
     except Exception as problem:
         # Another process would wait for this one for ever.
         if alone or "LOCAL_RANK" in os.environ:
@@ -105,6 +106,8 @@ def _told(recipe: str, overrides: list[str], cli: RecipeCLI | None, metrics: dic
         run.folder = Path(cli.trainer.log_dir or ".")
         run.training_seconds = cli.timer.time_elapsed("train")
         run.parameters = sum(parameter.numel() for parameter in cli.model.parameters())
+        for result in run.results:
+            result.doubt = getattr(cli.model, "doubts", {}).get(result.metric, "")
         run.data_note = str(getattr(cli.datamodule, "note", ""))
         run.writes = cli.trainer.is_global_zero
     return run

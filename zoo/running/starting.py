@@ -14,6 +14,14 @@ from zoo.recipes import RecipeError
 if TYPE_CHECKING:
     from zoo.running.command import RecipeCLI
 
+SHARED_MEMORY_SHORT = (
+    "a worker that reads the data found no room in the shared memory (/dev/shm) that it hands batches over in: read in "
+    "the run's own process (--data.init_args.workers 0), or make it larger (docker run --shm-size 8g …)"
+)
+WORKER_KILLED = (
+    "a worker that reads the data was killed, most likely because the memory ran out: take fewer workers "
+    "(--data.init_args.workers 1, or 0 for none), a smaller batch or a machine with more memory ({})"
+)
 WEIGHTS = (".ckpt", ".safetensors")  # files that zoo.load reads
 
 
@@ -23,12 +31,41 @@ def is_for_the_user(error: Exception) -> bool:
     return isinstance(error, OSError | ValueError | ImportError) or type(error).__name__ in names
 
 
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Say in a line why a worker of a data loader is dead, which PyTorch tells at any time and in a traceback.
+
+    Raises:
+        ChildProcessError: In place of PyTorch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if (line := _death_of_worker(error)) is None:
+            raise
+        raise ChildProcessError(line) from error
+
+
+def _death_of_worker(error: BaseException | None) -> str | None:
+    """What to say of it, of an error or of what that came from; None of another error."""
+    said = []
+    while error is not None:
+        said.append(str(error))
+        error = error.__cause__ or error.__context__
+    if any("unable to allocate shared memory" in text or "out of shared memory" in text for text in said):
+        return SHARED_MEMORY_SHORT
+    killed = [text for text in said if "DataLoader worker" in text and "killed by signal" in text]
+    gone = [text for text in said if "DataLoader worker" in text and "exited unexpectedly" in text]
+    return WORKER_KILLED.format((killed or gone)[0].strip(". ")) if killed or gone else None
+
+
 def finish(cli: "RecipeCLI") -> "RecipeCLI":
     """Run what was prepared; SIGTERM and Ctrl+C end the process with their usual status."""
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     try:
-        cli.run()
+        with naming_dead_workers():
+            cli.run()
     except SIGTERMException:
         sys.exit(128 + cli.asked_to_stop_by())
     return cli
