@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.demos.boring_classes import BoringModel
 
+import zoo
 from zoo.running.checkpoint import SafeCheckpointIO, checkpoint_callbacks, read_checkpoint, write_atomically
+from zoo.running.command import _steps_inside, newest_checkpoint
 
 
 class Malicious:
@@ -34,6 +37,35 @@ def test_a_saved_file_is_read_back(tmp_path):
     assert torch.equal(content["weight"], torch.arange(3.0))
     assert content["epoch"] == 4
     assert [p.name for p in path.parent.iterdir()] == ["a.ckpt"]
+
+
+def saved_on_a_gpu(path, content):
+    """Write what a run on a GPU would, without one: the file says of each tensor where it was."""
+    torch.save(content, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, record in records.items():
+            archive.writestr(name, record.replace(b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:0"))
+
+
+def test_a_checkpoint_of_a_gpu_is_read_to_the_cpu(tmp_path, monkeypatch):
+    model, path = zoo.LeNet(), tmp_path / "runs" / "lenet" / "version_0" / "checkpoints" / "last.ckpt"
+    content = {"state_dict": model.state_dict(), "epoch": 1, "global_step": 7, "loops": {}}
+    model.on_save_checkpoint(content)
+    path.parent.mkdir(parents=True)
+    saved_on_a_gpu(path, content)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            torch.load(path, weights_only=True)
+    for read in (SafeCheckpointIO().load_checkpoint, read_checkpoint):
+        tensors = read(path)["state_dict"]
+        assert {tensor.device.type for tensor in tensors.values()} == {"cpu"}
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in tensors.items())
+    assert {tensor.device.type for tensor in zoo.load(path).state_dict().values()} == {"cpu"}
+    monkeypatch.chdir(tmp_path)
+    assert _steps_inside(path) == 7
+    assert newest_checkpoint("lenet", "last") == path.relative_to(tmp_path)
 
 
 @pytest.mark.parametrize("inside", [lambda evil: evil, lambda evil: {"state_dict": {}, "extra": evil}])
