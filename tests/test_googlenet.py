@@ -36,6 +36,22 @@ def test_training_outputs_are_torchvisions(tmp_path):
     torch.testing.assert_close(frozen, F.cross_entropy(ours(images), labels))
 
 
+def test_auxiliary_classifiers_learn_on_a_frozen_backbone():
+    """Released, it is moved by their gradients: the loss is that of all three, on features of evaluation."""
+    torch.manual_seed(0)
+    model = GoogLeNet(7, stem="small", dropout=0.5, dropout_aux=0.0).train()
+    model.backbone.requires_grad_(False).eval()
+    before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
+    images, labels = torch.rand(3, 3, 32, 32), torch.tensor([0, 3, 6])
+    loss, logits = model.training_loss(images, labels)
+    loss.backward()
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None} == {"backbone"}
+    torch.testing.assert_close(logits, model.head(model.backbone(images)))
+    assert not model.backbone.get_submodule("network").training
+    assert all(torch.equal(value, before[key]) for key, value in model.backbone.state_dict().items())
+    assert loss.item() == pytest.approx(model.chance_loss, rel=0.1)
+
+
 def test_parameters_are_torchvisions():
     with torch.device("meta"):
         model = GoogLeNet()

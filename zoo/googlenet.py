@@ -13,6 +13,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
 from zoo.standardization import channel_statistics, standardized
@@ -26,7 +27,8 @@ def googlenet_network(stem: Literal["imagenet", "small"], dropout: float, channe
     """Torchvision's network without its classifiers: pictures (N, C, H, W) to features (N, 1024).
 
     In training it returns a named tuple: features as ``logits``, and what the auxiliary classifiers look at, the maps
-    (N, 512, H / 16, W / 16) as ``aux_logits1`` and (N, 528, H / 16, W / 16) as ``aux_logits2``.
+    (N, 512, H / 16, W / 16) as ``aux_logits1`` and (N, 528, H / 16, W / 16) as ``aux_logits2``. The mode of the network
+    itself decides that and nothing else: batch norms and dropout are layers with modes of their own.
 
     Args:
         stem: ``imagenet``: the paper's, an eighth of the side before the first inception block; ``small``, for
@@ -76,7 +78,8 @@ class GoogLeNetHead(nn.Module):
 class GoogLeNet(ClassificationTask):
     """GoogLeNet image classifier.
 
-    Its training loss adds those of the two auxiliary classifiers (section 5), which evaluation leaves out.
+    Its training loss adds those of the two auxiliary classifiers (section 5), which evaluation leaves out. They are
+    trained on a frozen backbone too: released, it would else get the gradients of classifiers that never learnt.
 
     Args:
         num_classes: Number of classes.
@@ -104,6 +107,7 @@ class GoogLeNet(ClassificationTask):
         ValueError: There are not as many means and deviations as ``in_channels``, three, or one.
     """
 
+    @plain_arguments
     def __init__(
         self,
         num_classes: int = 1000,
@@ -144,8 +148,12 @@ class GoogLeNet(ClassificationTask):
         return (1 + 2 * self.aux_weight) * super().chance_loss
 
     def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sum of three cross-entropies, and the classifier's logits; of one, under a frozen backbone."""
+        """The weighted sum of three cross-entropies, and the classifier's logits; of one outside of training."""
+        network = self.backbone.get_submodule("network")
+        mode = network.training
+        network.training = mode or self.training  # for the maps, which a frozen network would keep to itself
         outputs = self.backbone(images)
+        network.training = mode
         features = outputs if isinstance(outputs, Tensor) else outputs.logits
         logits = self.head(features)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
