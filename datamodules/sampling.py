@@ -57,9 +57,10 @@ class TrainingBatches:
             )
         if size < world_size:
             raise ValueError(f"{size} training samples are too few for {world_size} processes")
-        self.size = size
-        self.batch_size = min(batch_size, size - size % world_size)
-        self.seed = seed
+        # Python's own numbers: numpy's would make a checkpoint unreadable.
+        self.size = int(size)
+        self.batch_size = int(min(batch_size, size - size % world_size))
+        self.seed = int(seed)
         self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, optim
 
+from zoo.arguments import plain_arguments
 from zoo.policy_gradient import ActorCriticNetwork, actor_critic_loss, features_of, returns
 from zoo.running.optimizing import SchedulerCallable
 from zoo.tasks.control import Batch, ControlTask
@@ -39,6 +40,7 @@ class ActorCritic(ControlTask):
         ValueError: A number is out of range.
     """
 
+    @plain_arguments
     def __init__(
         self,
         observation_shape: Sequence[int] = (4,),

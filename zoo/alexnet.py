@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
 from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, standardized
@@ -81,6 +82,7 @@ class AlexNet(ClassificationTask):
         ValueError: There are not as many means and deviations as ``in_channels``, three, or one.
     """
 
+    @plain_arguments
     def __init__(
         self,
         num_classes: int = 1000,

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
 from zoo.standardization import standardized
@@ -102,6 +103,7 @@ class C3D(VideoTask):
         ValueError: The clips are too small.
     """
 
+    @plain_arguments
     def __init__(
         self,
         num_classes: int = 487,

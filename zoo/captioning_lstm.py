@@ -21,6 +21,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, standardized
 from zoo.tasks.captioning import END, NULL, SPECIAL, START, UNKNOWN, CaptioningTask, Captions
@@ -605,6 +606,7 @@ class CaptioningLSTM(CaptioningTask):
         ValueError: A value is out of range, ``words`` is no vocabulary, or a weights file does not fit.
     """
 
+    @plain_arguments
     def __init__(
         self,
         words: list[str] | None = None,

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 
+from zoo.arguments import plain_arguments
 from zoo.captioning_lstm import ENCODERS, HALF, LSTM, SMALL_LAYERS, Network, small_network
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Cosine
@@ -70,6 +71,7 @@ class CNNLSTM(VideoTask):
         ValueError: ``places`` is not at least 1.
     """
 
+    @plain_arguments
     def __init__(
         self,
         network: Network = "resnet18",

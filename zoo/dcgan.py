@@ -18,6 +18,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.tasks.adversarial import Loss
 from zoo.tasks.generation import GenerationTask
@@ -100,6 +101,7 @@ class DCGAN(GenerationTask):
         scheduler: Makes the schedule from an optimizer and the run's number of steps; stepped once per step.
     """
 
+    @plain_arguments
     def __init__(
         self,
         network: Network = "assignment",

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.standardization import CIFAR10_MEAN, channel_statistics, standardized
 from zoo.tasks.classification import ClassificationTask
@@ -73,6 +74,7 @@ class DeepConvNet(ClassificationTask):
             there are not as many means and deviations as ``in_channels``, three, or one.
     """
 
+    @plain_arguments
     def __init__(
         self,
         num_filters: tuple[int, ...] = (8, 8, 8, 8, 8),

@@ -23,6 +23,7 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 
+from zoo.arguments import plain_arguments
 from zoo.running.control_pictures import policy_figure
 from zoo.running.optimizing import SchedulerCallable, configure_optimizers
 from zoo.running.pictures import log_picture
@@ -251,6 +252,7 @@ class DQN(ControlTask):
         ValueError: A number is out of range.
     """
 
+    @plain_arguments
     def __init__(
         self,
         observation_shape: Sequence[int] = (4,),

@@ -17,6 +17,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
 from zoo.tasks.detection import Detections, DetectionTask, Target
@@ -269,6 +270,7 @@ class FasterRCNN(DetectionTask):
             after 16 and 22 of 26 epochs.
     """
 
+    @plain_arguments
     def __init__(
         self,
         num_classes: int = 90,

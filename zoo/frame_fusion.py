@@ -15,6 +15,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Cosine
 from zoo.running.views import log_mean_probability
@@ -148,6 +149,7 @@ class FrameFusion(VideoTask):
         ValueError: There is no such fusion, or the size is no multiple of 4.
     """
 
+    @plain_arguments
     def __init__(
         self,
         fusion: Fusion = "slow",

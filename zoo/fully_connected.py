@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.pictures import filters_figure, log_picture
 from zoo.standardization import CIFAR10_MEAN, standardized
@@ -54,6 +55,7 @@ class FullyConnectedNet(ClassificationTask):
         ValueError: There is no hidden layer, or one without width.
     """
 
+    @plain_arguments
     def __init__(
         self,
         hidden: tuple[int, ...] = (100,),

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.tasks.adversarial import Loss
 from zoo.tasks.generation import GenerationTask
@@ -84,6 +85,7 @@ class GAN(GenerationTask):
         scheduler: Makes the schedule from an optimizer and the run's number of steps; stepped once per step.
     """
 
+    @plain_arguments
     def __init__(
         self,
         loss: Loss = "gan",

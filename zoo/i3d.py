@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 
+from zoo.arguments import plain_arguments
 from zoo.captioning_lstm import ENCODERS, HALF, SMALL_LAYERS, Network, small_network
 from zoo.inflation import inflate
 from zoo.non_local import Affinity, insert_non_local
@@ -54,6 +55,7 @@ class I3D(VideoTask):
         ValueError: A layer of ``non_local`` is not there, or ``kernel_frames`` is even.
     """
 
+    @plain_arguments
     def __init__(
         self,
         network: Network = "resnet18",

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNPredictor
 
+from zoo.arguments import plain_arguments
 from zoo.faster_rcnn import (
     CLASSIFIERS,
     PublishedDetector,
@@ -66,6 +67,7 @@ class KeypointRCNN(DetectionTask):
             after 36 and 43 of 46 epochs.
     """
 
+    @plain_arguments
     def __init__(
         self,
         num_classes: int = 1,

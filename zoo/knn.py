@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn, optim
 
+from zoo.arguments import plain_arguments
 from zoo.running.pictures import contact_sheet, log_picture
 from zoo.tasks.classification import ClassificationTask
 from zoo.weights import load_weights, locate, read_weights
@@ -146,6 +147,7 @@ class KNearestNeighbors(ClassificationTask):
         ValueError: A number is too small, or ``weights`` remembers other classes.
     """
 
+    @plain_arguments
     def __init__(
         self,
         k: int = 10,

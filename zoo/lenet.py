@@ -14,6 +14,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
+from zoo.arguments import plain_arguments
 from zoo.channels import expect_channels
 from zoo.running.optimizing import SchedulerCallable
 from zoo.tasks.classification import ClassificationTask
@@ -67,6 +68,7 @@ class LeNet(ClassificationTask):
         scheduler: Makes the schedule from the optimizer and the run's number of steps; stepped once per step.
     """
 
+    @plain_arguments
     def __init__(
         self,
         num_classes: int = 10,

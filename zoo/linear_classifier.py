@@ -13,6 +13,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.pictures import filters_figure, log_picture
 from zoo.standardization import CIFAR10_MEAN, standardized
@@ -61,6 +62,7 @@ class LinearClassifier(ClassificationTask):
         scheduler: Makes the schedule from the optimizer and the run's number of steps.
     """
 
+    @plain_arguments
     def __init__(
         self,
         loss: Literal["softmax", "svm"] = "softmax",

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 
+from zoo.arguments import plain_arguments
 from zoo.faster_rcnn import (
     CLASSIFIERS,
     Network,
@@ -76,6 +77,7 @@ class MaskRCNN(DetectionTask):
             after 16 and 22 of 26 epochs.
     """
 
+    @plain_arguments
     def __init__(
         self,
         num_classes: int = 90,

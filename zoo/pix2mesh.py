@@ -23,6 +23,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
 from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, Standardize
@@ -450,6 +451,7 @@ class Pix2Mesh(MeshTask):
         ValueError: ``encoder`` is neither of the two, or ``backbone_weights`` are for another one.
     """
 
+    @plain_arguments
     def __init__(
         self,
         class_names: list[str] | None = None,

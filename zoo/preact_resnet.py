@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
 from zoo.standardization import CIFAR10_MEAN, channel_statistics, standardized
@@ -117,6 +118,7 @@ class PreActResNet(ClassificationTask):
             one.
     """
 
+    @plain_arguments
     def __init__(
         self,
         block: Literal["plain", "residual", "bottleneck"] = "residual",

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, optim
 from torch.nn import functional as F
 
+from zoo.arguments import plain_arguments
 from zoo.policy_gradient import ActorCriticNetwork, episode_returns, features_of, policy_loss, returns
 from zoo.running.optimizing import SchedulerCallable
 from zoo.tasks.control import Batch, ControlTask
@@ -45,6 +46,7 @@ class REINFORCE(ControlTask):
         ValueError: A number is out of range.
     """
 
+    @plain_arguments
     def __init__(
         self,
         observation_shape: Sequence[int] = (4,),

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
 from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, standardized
@@ -189,6 +190,7 @@ class ResNet(ClassificationTask):
             ``in_channels``, three, or one.
     """
 
+    @plain_arguments
     def __init__(
         self,
         depth: int = 18,

@@ -21,6 +21,7 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torchvision.ops import box_convert, box_iou, nms
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, standardized
 from zoo.tasks.detection import Detections, DetectionTask, Target
@@ -382,6 +383,7 @@ class SingleStageDetector(DetectionTask):
 
     anchors: Tensor  # (9, S, S, 4)
 
+    @plain_arguments
     def __init__(
         self,
         num_classes: int = 20,

@@ -21,6 +21,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Cosine
 from zoo.running.views import log_mean_probability
@@ -278,6 +279,7 @@ class SlowFast(VideoTask):
         ValueError: There is no network of that depth, or sizes do not go together.
     """
 
+    @plain_arguments
     def __init__(
         self,
         depth: int = 50,

@@ -19,6 +19,7 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torchvision.ops import box_convert, nms, roi_align
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.single_stage import (
     ANCHORS,
@@ -312,6 +313,7 @@ class TwoStageDetector(DetectionTask):
 
     anchors: Tensor  # (9, S, S, 4)
 
+    @plain_arguments
     def __init__(
         self,
         num_classes: int = 20,

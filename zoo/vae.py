@@ -15,6 +15,7 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
 
+from zoo.arguments import plain_arguments
 from zoo.running.generated_pictures import tiles_figure
 from zoo.running.optimizing import SchedulerCallable, configure_optimizers
 from zoo.running.pictures import log_picture
@@ -123,6 +124,7 @@ class VAE(GenerationTask):
         scheduler: Makes the schedule from the optimizer and the run's number of steps; stepped once per step.
     """
 
+    @plain_arguments
     def __init__(
         self,
         conditional: bool = False,

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn, optim
 
+from zoo.arguments import plain_arguments
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
 from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, standardized
@@ -108,6 +109,7 @@ class VGG(ClassificationTask):
             ``in_channels``, three, or one.
     """
 
+    @plain_arguments
     def __init__(
         self,
         depth: int = 16,

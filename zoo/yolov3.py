@@ -20,6 +20,7 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
+from zoo.arguments import plain_arguments
 from zoo.darknet import convolution, load_darknet
 from zoo.running.optimizing import SchedulerCallable
 from zoo.running.schedules import Step
@@ -576,6 +577,7 @@ class YOLOv3(DetectionTask):
 
     head: YOLOv3Head
 
+    @plain_arguments
     def __init__(
         self,
         num_classes: int = 80,

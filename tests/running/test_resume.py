@@ -300,3 +300,32 @@ def test_a_run_without_an_end_is_saved_and_goes_on(tmp_path):
     assert read_checkpoint(tmp_path / "a.ckpt")["planned_steps"] == -1
     trainer, _ = resumed_with(sgd(0.05), None, (), tmp_path / "a.ckpt", until=9, max_steps=-1, max_epochs=-1)
     assert trainer.global_step == 9
+
+
+class KeepBatches(Callback):
+    """Writes down what each process is given, after augmentation, and the checkpoint of the end."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        torch.save(batch[0], f"{trainer.global_step}-{trainer.global_rank}.pt")
+
+    def on_train_end(self, trainer, pl_module):
+        trainer.save_checkpoint("end.ckpt")
+
+
+def test_two_processes_augment_in_their_own_ways_also_after_a_resume():
+    """One picture many times over: batches of two processes differ only by what augmentation draws."""
+    for steps, path in ((2, None), (4, "end.ckpt")):
+        seed_everything(0, verbose=False)
+        data = datamodules.DigitsDataModule(image_size=8, batch_size=48, translate=2)
+        data.setup("fit")
+        data.train_set = tuple(part[:1].repeat(480, *[1] * (part.ndim - 1)) for part in data.train_set)
+        trainer = Trainer(
+            accelerator="cpu", devices=2, strategy="ddp_fork", max_steps=steps, limit_val_batches=0, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[ExactResume(), KeepBatches()], plugins=[SafeCheckpointIO()],
+        )  # fmt: skip
+        trainer.fit(LeNet(image_size=8), data, ckpt_path=path)
+    for step in range(4):
+        first, second = (torch.load(f"{step}-{rank}.pt") for rank in (0, 1))
+        assert not torch.equal(first, second), f"step {step}"
+    assert len({tuple(image.flatten().tolist()) for image in first}) > 1, "nothing was augmented"

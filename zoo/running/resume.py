@@ -16,6 +16,10 @@ from zoo.running.optimizer_settings import Settings, changes, other_kinds, setti
 
 Other = Literal["data_set", "split", "batch_size", "classes", "optimizer"]
 SAID: dict[Other, str] = {  # of the data
+from zoo.arguments import plain
+
+Other = Literal["data_set", "split", "batch_size", "classes"]
+SAID: dict[Other, str] = {
     "data_set": "data set",
     "split": "training samples (split_seed, val_size, train_size, or the files themselves)",
     "batch_size": "global batch",
@@ -183,7 +187,7 @@ def trained_on(trainer: Trainer) -> dict[str, Any]:
         facts["batch_size"] = sampler.batch_size
     elif (size := getattr(loader, "batch_size", None)) is not None:
         facts["batch_size"] = size * trainer.world_size
-    return {name: value for name, value in facts.items() if value}
+    return {name: plain(value, f"the data module's {name}") for name, value in facts.items() if value}
 
 
 def _differ(before: Any, now: Any) -> str:
