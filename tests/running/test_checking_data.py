@@ -7,7 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning import LightningModule, Trainer
 from PIL import Image
+from torch import nn
+from torch.multiprocessing import ProcessRaisedException
+from torch.utils.data import DataLoader, TensorDataset
 
 from datamodules import (
     COCOCaptionsDataModule,
@@ -18,6 +22,7 @@ from datamodules import (
     VOCDataModule,
 )
 from zoo.cli import main
+from zoo.running.checking_data import LookAtSamples
 
 
 def picture(path: Path, seed: int, **options) -> None:
@@ -251,3 +256,54 @@ def test_environments_have_no_samples_to_look_at(capsys):
     assert main(["check-data", "dqn/embedded"]) == 0
     assert "GymDataModule has no samples that could be looked at before training" in capsys.readouterr().out
     assert list(Path().iterdir()) == []
+
+
+class Normed(LightningModule):
+    """Logits behind a batch norm over so many positions of a picture."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.positions = positions
+        self.layers = nn.Sequential(nn.BatchNorm1d(1), nn.Flatten(), nn.Linear(positions, 2))
+
+    def training_step(self, batch, batch_idx):
+        return self.layers(batch[0].view(-1, 1, self.positions)).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def train_on(samples: int, batch_size: int, positions: int = 1, callbacks=(), **options) -> None:
+    loader = DataLoader(TensorDataset(torch.rand(samples, positions)), batch_size=batch_size)
+    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1} | options
+    trainer = Trainer(
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[LookAtSamples(), *callbacks], **options,
+    )  # fmt: skip
+    trainer.fit(Normed(positions), loader)
+
+
+@pytest.mark.parametrize(("samples", "batch_size"), [(1, 4), (2, 1), (9, 4)])
+def test_one_value_of_a_channel_is_refused_with_what_there_is_to_do(samples, batch_size):
+    """Also at an epoch's end, by a loader that keeps the last batch."""
+    with pytest.raises(ValueError, match=r"^a batch of 1 sample .* batch norm: layers\.0 gets one value") as raised:
+        train_on(samples, batch_size)
+    assert f"training samples: {samples}, processes: 1" in str(raised.value)
+    assert "--data.init_args.train_size" in str(raised.value)
+
+
+def test_two_samples_on_two_processes_are_one_on_each():
+    with pytest.raises(ProcessRaisedException, match="training samples: 2, processes: 2"):
+        train_on(2, 4, devices=2, strategy="ddp_fork")
+
+
+def test_one_sample_with_many_positions_is_trained_on():
+    train_on(1, 4, positions=9)
+    train_on(8, 4)
+
+
+def test_the_command_refuses_one_sample_in_a_line(capsys):
+    small = ["--data.init_args.batch_size", "1", "--model.init_args.classifier", "null", "--trainer.logger", "false"]
+    assert main(["fit", "dcgan/embedded", *small]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("zoo: error")]
+    assert "batch norm: generator.layers.2 gets one value of each channel" in line

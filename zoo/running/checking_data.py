@@ -1,10 +1,14 @@
 """Is the data of a recipe what it should be? All of it on request, before any training; the cheap part in each run."""
 
+from collections.abc import Sized
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from zoo import recipes
 from zoo.recipes import RecipeError, refusing
@@ -15,7 +19,12 @@ class LookAtSamples(Callback):
     """Refuses to train on an empty split or on labels that are no class, as far as memory tells; opens no file.
 
     A data module of the zoo says what is wrong by ``check_samples(files=False)``; one without that is not looked at.
+    A batch of a single sample is refused where it leaves a batch norm one value of each channel, not where it has many
+    positions in a picture.
     """
+
+    def __init__(self) -> None:
+        self._hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look at what the data module made ready.
@@ -26,6 +35,48 @@ class LookAtSamples(Callback):
         look = getattr(trainer.datamodule, "check_samples", None)  # type: ignore[attr-defined]
         if stage == "fit" and look is not None and (wrong := look(files=False)):
             raise ValueError(f"{'; '.join(wrong)}. `zoo check-data` looks at the files too")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at what batch norms are given, where batches can be so small; which that is depends on the pictures."""
+        samples, least = _samples_and_least_batch(trainer)
+        for name, module in pl_module.named_modules() if least == 1 else []:
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+                refuse = partial(_refuse_single_values, name, samples, trainer.world_size)
+                self._hooks.append(module.register_forward_pre_hook(refuse))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def _samples_and_least_batch(trainer: Trainer) -> tuple[int, int]:
+    """Training samples of all processes, and samples of this process's smallest batch; 0 where they are not known."""
+    loader: Any = trainer.train_dataloader
+    sampler = getattr(loader, "batch_sampler", None)
+    if hasattr(sampler, "world_size"):  # it counts the samples of all processes, and leaves out what fills no batch
+        return sampler.size, sampler.batch_size // sampler.world_size
+    size, samples = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
+    if size is None or not isinstance(samples, Sized):
+        return 0, 0
+    rest = 0 if getattr(loader, "drop_last", False) else len(samples) % size
+    return len(samples) * trainer.world_size, rest or size
+
+
+def _refuse_single_values(name: str, samples: int, processes: int, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Raise what torch is about to raise, with what there is to do."""
+    if norm.training and inputs[0].numel() == inputs[0].shape[1]:
+        raise ValueError(
+            f"a batch of 1 sample is too small for batch norm: {name} gets one value of each channel, which has no "
+            f"variance (training samples: {samples}, processes: {processes}). Train on at least 2 samples of each "
+            "process (--data.init_args.train_size, --data.init_args.batch_size), on fewer processes, or on larger "
+            "pictures"
+        )
 
 
 def check_data(recipe: str, overrides: list[str]) -> int:
