@@ -4,16 +4,19 @@ A new architecture is found by itself: nothing to register. A check that cannot 
 its reason, in ``NOT_APPLICABLE``.
 """
 
+import copy
 import inspect
 import json
 import math
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 
@@ -21,7 +24,9 @@ import zoo
 from zoo import recipes
 from zoo.cli import main
 from zoo.export import export
+from zoo.running.checking_data import LookAtSamples
 from zoo.running.checkpoint import SafeCheckpointIO, checkpoint_callbacks, read_checkpoint
+from zoo.running.freezing import FreezeBackbone
 from zoo.running.nonfinite import NonFiniteLossError, StopOnNonFiniteLoss
 from zoo.running.report import hold_against
 from zoo.running.resume import ExactResume
@@ -48,6 +53,8 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {  # (architecture, test) -> reason
     ("KNearestNeighbors", "test_it_starts_at_the_loss_of_chance_and_overfits_one_batch"):
         "it remembers and has no training loss",
     ("KNearestNeighbors", "test_every_parameter_gets_a_gradient"): "it remembers: there is no backward pass",
+    ("KNearestNeighbors", "test_two_processes_train_where_every_parameter_is_waited_for"):
+        "it remembers: there is no backward pass; test_knn.py: two processes remember as one does",
     ("KNearestNeighbors", "test_fine_tuning_to_another_number_of_classes_replaces_the_head_and_only_the_head"):
         "its memory holds the labels of its classes: with others there is nothing to go on from",
     ("KNearestNeighbors", "test_bf16_autocast_gives_a_finite_loss"):
@@ -96,6 +103,9 @@ NOT_APPLICABLE |= {
             "there are no samples to share out: each process plays all episodes; test_dqn.py asks two of them",
         "test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch":
             "experience has no place in a data set; test_dqn.py: the batch is named by its number",
+        "test_two_processes_train_where_every_parameter_is_waited_for":
+            "it trains on one process, whose experience is its own; test_gym.py: more are refused",
+        "test_the_smallest_training_sets_are_trained_on_or_refused_in_a_line": "it has no training set",
     }.items()
 } | {
     (name, "test_it_starts_at_the_loss_of_chance_and_overfits_one_batch"):
@@ -144,6 +154,7 @@ LIKE_RESNET = ("AlexNet", "GoogLeNet", "SqueezeNet", "VGG")  # torchvision's, of
 LIKE_FRAME_FUSION = ("C3D", "CNNLSTM", "I3D", "SlowFast")  # the same task, with larger networks
 LARGE = (*LIKE_FASTER_RCNN, *LIKE_RESNET, *LIKE_FRAME_FUSION)  # what others of their task show is asked less often
 LARGER = ("FasterRCNN", *LARGE)  # TwoStageDetector is the same task and the same two stages, and smaller
+WITH_BACKBONE = ("captioning", "classification", "detection", "mesh", "video")  # tasks whose architectures have one
 SMALL_NETWORKS = (
     "DQN", "DeepConvNet", "FullyConnectedNet", "KNearestNeighbors", "LeNet", "LinearClassifier", "PreActResNet"
 )  # fmt: skip
@@ -401,20 +412,58 @@ def test_two_processes_evaluate_to_the_same_metrics_as_one(name, samples):
     assert metrics[0]["test/samples"] == samples
 
 
-@EVERY
-def test_every_parameter_gets_a_gradient(name):
+class WithoutGradient(Callback):
+    """Looks at a step as a whole: what a network of several backward passes has by its last one is not all."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.names = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+        for name, parameter in pl_module.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda _, name=name: self.names.discard(name))
+
+
+class WithoutObjects(Callback):
+    """Takes the objects out of a detector's batch, as pictures without any have it."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        for target in batch[1]:
+            count = len(target["labels"])
+            for key, value in target.items():
+                if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
+                    target[key] = value[:0]
+
+
+def callbacks_of(case: str) -> list[Callback]:
+    return {"plain": [], "frozen": [FreezeBackbone()], "without objects": [WithoutObjects()]}[case]
+
+
+def cases(*slow: str) -> pytest.MarkDecorator:
+    """All architectures; those with a backbone also with it frozen, and detectors with pictures that have no object."""
+    found = [(name, "plain") for name in ARCHITECTURES]
+    found += [(n, "frozen") for n in ARCHITECTURES if task_of(n) in WITH_BACKBONE and n != "KNearestNeighbors"]
+    found += [(name, "without objects") for name in ARCHITECTURES if task_of(name) == "detection"]
+    marks = {name: [pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name in slow)] for name in ARCHITECTURES}
+    return pytest.mark.parametrize(("name", "case"), [pytest.param(*pair, marks=marks[pair[0]]) for pair in found])
+
+
+@cases()
+def test_every_parameter_gets_a_gradient(name, case):
     """Else training on several processes stops with "parameters that were not used"."""
     model, data = build(name)
+    without = WithoutGradient()
+    fit(model, data, [*callbacks_of(case), without], max_steps=1, limit_val_batches=0)
+    assert not without.names
 
-    class Unused(Callback):
-        names = None
 
-        def on_after_backward(self, trainer, pl_module):
-            self.names = [n for n, p in pl_module.named_parameters() if p.requires_grad and p.grad is None]
-
-    unused = Unused()
-    fit(model, data, [unused], max_steps=1)
-    assert unused.names == []
+@cases(*LARGER, "DCGAN", "Pix2Mesh", "TwoStageDetector", "YOLOv3")
+def test_two_processes_train_where_every_parameter_is_waited_for(name, case):
+    """A parameter without a gradient is an error at the second step."""
+    model, data = build(name)
+    before = copy.deepcopy(model.state_dict())
+    strategy = DDPStrategy(start_method="fork", find_unused_parameters=False, timeout=timedelta(seconds=60))
+    options = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "max_steps": 3, "max_epochs": -1}
+    fit(model, data, callbacks_of(case), limit_val_batches=0, **options)
+    assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @each(*LARGER)
@@ -496,3 +545,73 @@ def test_it_exports_to_onnx_and_gives_the_same_outputs(name, trained, tmp_path):
     )
     (found,) = session.run(None, {"images": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=1e-4, atol=1e-5)
+
+
+def as_numpys(value):
+    """A value as numpy has it: numbers, texts, and arrays where its entries are of one kind."""
+    if isinstance(value, list | tuple) and value and len({type(entry) for entry in value}) == 1:
+        return np.asarray(value)
+    return np.asarray(value)[()] if isinstance(value, bool | int | float | str) else value
+
+
+@each(*LARGER)
+def test_numpys_values_are_plain_ones_in_its_checkpoint(name, tmp_path):
+    """Else the file is refused when the training is over."""
+    model, _ = build(name)
+    arguments = describe(model)["arguments"]
+    given = {key: as_numpys(value) for key, value in arguments.items()}
+    assert given.keys() == arguments.keys()
+    other = type(model)(**given)
+    trainer = Trainer(**QUIET, plugins=[SafeCheckpointIO()])
+    trainer.strategy.connect(other)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    found = torch.load(tmp_path / "model.ckpt", weights_only=True)["hyper_parameters"]
+    assert json.loads(json.dumps({key: found[key] for key in arguments})) == json.loads(json.dumps(arguments))
+    assert describe(other) == describe(model)
+    assert same_weights(zoo.load(tmp_path / "model.ckpt"), other)
+    zoo.save(other, tmp_path / "model.safetensors")
+    assert same_weights(zoo.load(tmp_path / "model.safetensors"), other)
+
+
+ONE_VALUE = r"^a batch of 1 sample .* batch norm: .*samples: 1, processes: 1.*$"
+TOO_FEW = {  # the largest training set that is refused, and with which words
+    "DCGAN": (1, ONE_VALUE),
+    "GoogLeNet": (1, ONE_VALUE),
+    "KNearestNeighbors": (4, "^[12] training images are too few for 5 folds$"),
+}
+
+
+@pytest.mark.parametrize("samples", ["1", "2", "batch + 1"])
+@each(*LARGER, "Pix2Mesh", "TwoStageDetector")
+def test_the_smallest_training_sets_are_trained_on_or_refused_in_a_line(name, samples):
+    model, data = build(name)
+    data.prepare_data()
+    data.setup("fit")
+    count = data.batch_size + 1 if samples == "batch + 1" else int(samples)
+    data.train_set = shortened(data.train_set, count)
+    options = {"max_epochs": 1, "limit_val_batches": 0}
+    most, message = TOO_FEW.get(name, (0, ""))
+    if count <= most:
+        with pytest.raises(ValueError, match=message):
+            fit(model, data, [LookAtSamples()], **options)
+    else:
+        assert fit(model, data, [LookAtSamples()], **options).global_step >= 1
+
+
+def tensors_in(content) -> list[torch.Tensor]:
+    if isinstance(content, torch.Tensor):
+        return [content]
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list | tuple) else []
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+EXPERIENCE = "GymDataModule"  # where a checkpoint has what a policy learns from
+
+
+@each(*LARGE)
+def test_a_checkpoint_is_weights_and_optimizer_and_little_else(name, trained):
+    path, _, _ = trained
+    content = torch.load(path, weights_only=True)
+    assert len(json.dumps(content["hyper_parameters"])) < 100_000
+    wanted = [content["state_dict"], content["optimizer_states"], content.get(EXPERIENCE)]
+    assert path.stat().st_size <= 1.05 * sum(t.numel() * t.element_size() for t in tensors_in(wanted)) + 65_536

@@ -15,7 +15,7 @@ from datamodules.sampling import TensorLoader, TrainingBatches
 from zoo import LeNet
 from zoo.running.checkpoint import SafeCheckpointIO, checkpoint_callbacks
 from zoo.running.freezing import FreezeBackbone
-from zoo.running.optimizing import LinearScaling, configure_optimizers
+from zoo.running.optimizing import EffectiveBatch, LinearScaling, configure_optimizers
 from zoo.running.resume import ExactResume
 from zoo.running.schedules import Cosine
 
@@ -270,10 +270,10 @@ def test_linear_scaling_scales_both_rates():
 
 def test_what_is_trained_is_said(caplog):
     with caplog.at_level("INFO"):
-        fit(FreezeBackbone(until_epoch=1), epochs=2)
+        fit(FreezeBackbone(until_epoch=1), [EffectiveBatch()], epochs=2)
     lines = [record.message for record in caplog.records]
-    assert "backbone: 0 parameters trained, 108 frozen" in lines
-    assert "head: 15 parameters trained, 0 frozen" in lines
+    expected = "parameters: 15 trained, 108 frozen (backbone 0 trained, 108 frozen; head 15 trained, 0 frozen)"
+    assert [line for line in lines if line.startswith("parameters:")] == [expected]
     assert "the backbone is trained after 1 epochs, at 0.1 of the rate" in lines
     assert "the backbone is trained from here on, at 0.1 of the rate" in lines
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 
 import datamodules
-from zoo import LeNet
+from zoo import CaptioningLSTM, LeNet
 from zoo.running.freezing import FreezeBackbone
-from zoo.running.optimizing import EffectiveBatch, LinearScaling, plan, warm_up
+from zoo.running.optimizing import EffectiveBatch, LinearScaling, plan, trained_parameters, warm_up
 from zoo.running.schedules import Cosine
 
 
@@ -233,6 +234,31 @@ def test_the_line_is_printed_once(caplog):
     assert [record.message for record in caplog.records if "global batch" in record.message] == [
         "global batch 48; 10 steps per epoch; 20 steps; learning rate 0.1"
     ]
+
+
+def parameters_said(caplog, model):
+    with caplog.at_level("INFO"):
+        run(model, digits(), callbacks=[EffectiveBatch(), AtStart()], max_epochs=1)
+    return [record.message for record in caplog.records if record.message.startswith("parameters:")]
+
+
+def test_how_many_parameters_are_trained_is_said_once(caplog):
+    model = lenet()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters_said(caplog, model) == [f"parameters: {count:,} trained, 0 frozen"]
+
+
+def test_parts_are_named_where_something_is_frozen(caplog):
+    model = lenet()
+    model.backbone.conv1.requires_grad_(False)  # 20 kernels of 5 by 5, and their biases
+    assert parameters_said(caplog, model) == [
+        "parameters: 130,560 trained, 520 frozen (backbone 125,550 trained, 520 frozen; head 5,010 trained, 0 frozen)"
+    ]
+
+
+def test_a_frozen_encoder_is_said():
+    said = trained_parameters(CaptioningLSTM(network="small", frozen_backbone=True))
+    assert re.fullmatch(r"parameters: .* \(backbone 0 trained, [\d,]+ frozen; head [\d,]+ trained, 0 frozen\)", said)
 
 
 def test_a_schedule_needs_a_run_of_known_length():

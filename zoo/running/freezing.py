@@ -82,15 +82,10 @@ class FreezeBackbone(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Release what a resumed run had released, and say what is trained."""
+        """Release what a resumed run had released, and say when the rest will be."""
         self._release_if_due(trainer)
         if self.frozen:
             self._modes[0][0].eval()
-        for name, child in pl_module.named_children():
-            trained = sum(p.numel() for p in child.parameters() if p.requires_grad)
-            frozen = sum(p.numel() for p in child.parameters()) - trained
-            if trained or frozen:
-                rank_zero_info(f"{name}: {trained:,} parameters trained, {frozen:,} frozen")
         if self.frozen and self.until_epoch is not None:
             rank_zero_info(f"the backbone is trained after {self.until_epoch} epochs, at {self.ratio:g} of the rate")
 

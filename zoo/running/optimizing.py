@@ -176,11 +176,24 @@ def warm_up(optimizer: Optimizer, steps: int, warmup_steps: int, scheduler: Sche
 
 
 class EffectiveBatch(Callback):
-    """Says when training starts what follows from the recipe's batch, the processes and the accumulation."""
+    """Says when training starts what is trained, and what follows from batch, processes and accumulation."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the line, once for all processes."""
+        """Print both lines, once for all processes."""
+        rank_zero_info(trained_parameters(pl_module))
         rank_zero_info(plan(trainer))
+
+
+def trained_parameters(module: Module) -> str:
+    """One line: parameters that are trained and that are frozen; of each part, where any are frozen."""
+
+    def counts(part: Module) -> str:
+        trained = sum(parameter.numel() for parameter in _trainable(part))
+        return f"{trained:,} trained, {sum(p.numel() for p in part.parameters()) - trained:,} frozen"
+
+    parts = [f"{name} {counts(part)}" for name, part in module.named_children() if [*part.parameters()]]
+    said = f"parameters: {counts(module)}"
+    return said if said.endswith(", 0 frozen") else f"{said} ({'; '.join(parts)})"
 
 
 def plan(trainer: Trainer) -> str:

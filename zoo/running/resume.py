@@ -12,14 +12,11 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from zoo.arguments import plain
 from zoo.running.optimizer_settings import Settings, changes, other_kinds, settings_of, take
 
 Other = Literal["data_set", "split", "batch_size", "classes", "optimizer"]
 SAID: dict[Other, str] = {  # of the data
-from zoo.arguments import plain
-
-Other = Literal["data_set", "split", "batch_size", "classes"]
-SAID: dict[Other, str] = {
     "data_set": "data set",
     "split": "training samples (split_seed, val_size, train_size, or the files themselves)",
     "batch_size": "global batch",
