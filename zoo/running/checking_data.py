@@ -59,7 +59,8 @@ def _samples_and_least_batch(trainer: Trainer) -> tuple[int, int]:
     """Training samples of all processes, and samples of this process's smallest batch; 0 where they are not known."""
     loader: Any = trainer.train_dataloader
     sampler = getattr(loader, "batch_sampler", None)
-    if hasattr(sampler, "world_size"):  # it counts the samples of all processes, and leaves out what fills no batch
+    if sampler is not None and hasattr(sampler, "world_size"):
+        # It counts the samples of all processes, and leaves out what fills no batch.
         return sampler.size, sampler.batch_size // sampler.world_size
     size, samples = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
     if size is None or not isinstance(samples, Sized):
