@@ -177,7 +177,8 @@ def trained_on(trainer: Trainer) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if data is not None:
         facts["data_set"] = type(data).__name__
-        facts["classes"] = list(getattr(data, "class_names", None) or [])
+        names = getattr(data, "class_names", None)
+        facts["classes"] = [] if names is None else list(names)
         facts["batch_size"] = getattr(data, "batch_size", None)
     facts["split"] = getattr(sampler, "split", None)
     if sampler is not None and hasattr(sampler, "world_size"):  # it counts the samples of all processes
