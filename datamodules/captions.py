@@ -189,6 +189,11 @@ class COCOCaptionsDataModule(LightningDataModule):
             self.lists = find_lists(self.root, self.files, lists)
 
     @property
+    def evaluation(self) -> dict[str, int]:
+        """How an evaluation makes an image of a picture: a square of that side, whatever its shape was."""
+        return {"size": self.size}
+
+    @property
     def words(self) -> list[str]:
         """The vocabulary: a word's place is its id, the first four are special. Reads the captions if need be.
 

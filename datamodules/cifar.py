@@ -55,6 +55,7 @@ class CIFAR10DataModule(InMemoryDataModule):
     """
 
     num_classes = 10
+    side = 32
     note = ""  # what a report says of the data, where it is not the official one
     class_names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -131,6 +132,7 @@ class CIFAR100DataModule(InMemoryDataModule):
     """
 
     num_classes = 100
+    side = 32
     note = ""  # what a report says of the data, where it is not the official one
     class_names = [
         "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle",

@@ -126,6 +126,11 @@ class DetectionDataModule(LightningDataModule):
         self._findings: dict[str, Findings] = {}
         self._split = ""
 
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """How an evaluation makes an image of a picture: ``size`` as the argument has it."""
+        return {"size": list(self.size) if isinstance(self.size, tuple) else self.size}
+
     def read(self, split: Split, findings: "Findings") -> "AnnotatedPictures":
         """Read the annotations of one of ``own_splits``, and tell ``findings`` what is wrong with them."""
         raise NotImplementedError(f"{type(self).__name__} must define read()")

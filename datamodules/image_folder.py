@@ -114,6 +114,11 @@ class ImageFolderDataModule(LightningDataModule):
         self._listed: dict[str, PictureSet] | None = None  # before anything was read
         self._split = ""
 
+    @property
+    def evaluation(self) -> dict[str, int]:
+        """How an evaluation makes an image of a picture: its short side is resized, then the middle is cut out."""
+        return {"short_side": self.resize_size, "size": self.image_size}
+
     def setup(self, stage: str) -> None:
         """List the pictures, split them alike on every process, and read them once if ``corrupt`` or ``cache`` says so.
 

@@ -18,7 +18,8 @@ class InMemoryDataModule(LightningDataModule):
 
     After the transfer ``images`` is float32 (N, C, H, W) in [0, 1] and ``labels`` int64 (N,) in ``[0, num_classes)``.
     Held images are uint8; scaling and augmentation run on the device for the whole batch, augmentation in training
-    only. A subclass sets ``num_classes`` and ``class_names`` and defines :meth:`read`.
+    only. A subclass sets ``num_classes``, ``class_names`` and, if all images are held in one size, ``side``, and
+    defines :meth:`read`.
 
     Args:
         batch_size: Images of a global training batch: all processes together.
@@ -45,6 +46,7 @@ class InMemoryDataModule(LightningDataModule):
 
     num_classes: int
     class_names: list[str]
+    side: int | None = None  # of the pictures that are held, in pixels
 
     def __init__(
         self,
@@ -77,6 +79,14 @@ class InMemoryDataModule(LightningDataModule):
         self.test_set: tuple[Tensor, Tensor] | None = None
         self._split = ""
         self._mean = torch.zeros(1, dtype=torch.uint8)  # of the training images, (C,), where Cutout needs it
+
+    @property
+    def evaluation(self) -> dict[str, int] | None:
+        """How a picture becomes such an image: made as small as the others are held, then resized as they are."""
+        if self.side is None:
+            return None
+        held = {"short_side": self.side, "size": self.side}
+        return held if self.resize is None else held | {"resize": self.resize}
 
     def read(self, train: bool) -> tuple[Tensor, Tensor]:
         """Read the training or the test images, uint8 (N, C, H, W), and their labels, int64 (N,)."""

@@ -41,6 +41,7 @@ class MNISTDataModule(InMemoryDataModule):
     """
 
     num_classes = 10
+    side = 28
     class_names = [str(digit) for digit in range(10)]
 
     def __init__(
@@ -82,6 +83,7 @@ class FashionMNISTDataModule(InMemoryDataModule):
     """
 
     num_classes = 10
+    side = 28
     class_names = [
         "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
     ]  # fmt: skip

@@ -180,6 +180,11 @@ class ShapeNetDataModule(LightningDataModule):
         self.lists = find_lists(self.root, lists)
 
     @property
+    def evaluation(self) -> dict[str, int]:
+        """How an evaluation makes an image of a picture: a square of that side."""
+        return {"size": self.size}
+
+    @property
     def class_names(self) -> list[str]:
         """The categories by their numbers: names of the thirteen published ones, folders of others."""
         return list(self.category_folders.values())

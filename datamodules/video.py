@@ -161,6 +161,12 @@ class VideoFolderDataModule(LightningDataModule):
             self._folders = find_folders(self.root)
             self.class_names = find_classes(self._folders["train"])
 
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """How a test makes clips of a video: the arguments that say it, under ``size``, ``clips``, ``crops``, …."""
+        clips = {"size": self.eval_size, "clips": self.test_clips, "crops": self.test_crops}
+        return {"num_frames": self.num_frames, "seconds": self.seconds, **clips}
+
     def setup(self, stage: str) -> None:
         """List the videos, split them alike on every process, and read them if ``corrupt`` or ``cache`` says so.
 

@@ -180,6 +180,37 @@ def test_a_checkpoint_of_plain_python_can_be_tested_by_the_command(tmp_path):
     assert main(["test", "lenet/embedded", "--ckpt_path", "plain.ckpt", "--data.init_args.image_size", "8"]) == 0
 
 
+def arguments_of_checkpoint(change):
+    """A checkpoint of the embedded recipe with other arguments."""
+    import torch
+
+    from zoo import LeNet
+    from zoo.weights import describe
+
+    model = LeNet(image_size=8, class_names=[str(i) for i in range(10)])
+    described = describe(model)
+    change(described["arguments"])
+    content = {"state_dict": model.state_dict(), "zoo": described, "pytorch-lightning_version": "2.6.6"}
+    torch.save(content | {"epoch": 0, "global_step": 0}, "other.ckpt")
+
+
+def test_an_argument_of_a_checkpoint_that_nobody_knows_is_named_with_the_nearest(capsys):
+    arguments_of_checkpoint(lambda arguments: arguments.update(activations="relu", image_sizes=8))
+    assert main(["test", "lenet/embedded", "--ckpt_path", "other.ckpt", *SMALL]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("zoo: error")]
+    assert "other.ckpt does not fit zoo.LeNet: it has the argument 'activations', which this version does not" in line
+    arguments_of_checkpoint(lambda arguments: arguments.update(image_sizes=8))
+    assert main(["test", "lenet/embedded", "--ckpt_path", "other.ckpt", *SMALL]) == 2
+    assert "did you mean image_size?" in capsys.readouterr().err
+
+
+def test_an_argument_that_a_checkpoint_lacks_is_named_with_what_is_taken():
+    """But not of what the data says."""
+    arguments_of_checkpoint(lambda arguments: (arguments.pop("in_channels"), arguments.pop("num_classes")))
+    with pytest.warns(UserWarning, match=r"other\.ckpt lacks arguments of LeNet, for which are taken: in_channels=1$"):
+        assert main(["test", "lenet/embedded", "--ckpt_path", "other.ckpt", *SMALL]) == 0
+
+
 @pytest.mark.parametrize("overlay", ["tensorboard", "wandb_offline"])
 def test_pictures_and_numbers_reach_the_logger_that_is_on(tmp_path, overlay, monkeypatch):
     pytest.importorskip({"tensorboard": "tensorboard", "wandb_offline": "wandb"}[overlay])

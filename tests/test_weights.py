@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import zoo
 from zoo import LeNet
-from zoo.weights import load_weights, locate, read_weights
+from zoo.weights import describe, load_weights, locate, read_weights
 
 
 @pytest.fixture
@@ -65,6 +65,38 @@ def test_arguments_that_do_not_fit_are_an_error(saved):
     rewrite_header(saved, arguments='{"depth": 5}')
     with pytest.raises(ValueError, match=r"model\.safetensors does not fit zoo\.LeNet.*depth"):
         zoo.load(saved)
+
+
+def rewrite_arguments(model, path, change):
+    """The model's file, a checkpoint or a weights file, with other arguments."""
+    described = describe(model)
+    change(described["arguments"])
+    if path.suffix == ".ckpt":
+        torch.save({"state_dict": model.state_dict(), "zoo": described}, path)
+    else:
+        zoo.save(model, path)
+        rewrite_header(path, arguments=json.dumps(described["arguments"]))
+
+
+@pytest.mark.parametrize("file", ["w.ckpt", "w.safetensors"])
+def test_an_argument_that_nobody_knows_is_named_with_the_nearest(model, tmp_path, file):
+    rewrite_arguments(model, tmp_path / file, lambda arguments: arguments.update(image_sizes=8))
+    with pytest.raises(ValueError, match=r"argument 'image_sizes'.*did you mean image_size\?$") as caught:
+        zoo.load(tmp_path / file)
+    assert str(caught.value).startswith(f"{tmp_path / file} does not fit zoo.LeNet: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["w.ckpt", "w.safetensors"])
+def test_an_argument_that_is_missing_is_named_with_what_is_taken(model, tmp_path, file):
+    rewrite_arguments(model, tmp_path / file, lambda arguments: arguments.pop("in_channels"))
+    with pytest.warns(UserWarning, match=rf"{file} lacks arguments of LeNet, for which are taken: in_channels=1$"):
+        assert zoo.load(tmp_path / file).hparams["in_channels"] == 1
+
+
+def test_a_whole_file_is_read_without_a_warning(model, saved, recwarn):
+    zoo.load(saved)
+    assert not [warning for warning in recwarn if "lacks" in str(warning.message)]
 
 
 def test_every_damaged_weights_file_is_an_error_that_names_it(saved, tmp_path):

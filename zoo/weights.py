@@ -1,24 +1,28 @@
 """Weights: start a model from a file, write the weights file, rebuild a model from it.
 
 The weights file is safetensors (no code, no pickle) with a header of texts: ``class_path``, ``arguments`` (JSON of the
-constructor's), ``class_names`` (JSON), ``recipe``, ``metrics`` (JSON) and ``licence``.
+constructor's), ``class_names`` (JSON), ``recipe``, ``metrics`` (JSON) and ``licence``; and, where the data module that
+it was trained with says it, ``evaluation`` (JSON): how an image is made of a picture, or clips of a video.
 """
 
 import inspect
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, cast
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 import zoo
 from zoo.channels import adapt
+from zoo.recipes import suggest
 from zoo.running.checkpoint import read_checkpoint, replacing
 from zoo.running.downloading import download
 from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD
@@ -26,7 +30,8 @@ from zoo.standardization import IMAGENET_MEAN, IMAGENET_STD
 FORMAT = "1"
 TORCHVISION_NAME = re.compile(r"[A-Z][A-Z0-9_]*")  # DEFAULT, IMAGENET1K_V2, …: no file is called so
 # Arguments of a run, not of the network.
-NOT_SAVED = ("optimizer", "scheduler", "weights", "backbone_weights", "keep_matching_classes")
+NOT_SAVED = ("optimizer", "scheduler", "weights", "backbone_weights", "keep_matching_classes", "classifier")
+LARGEST = 2**12  # pixels, frames or clips that a file may ask for in its evaluation
 
 
 @dataclass(frozen=True)
@@ -97,14 +102,21 @@ class Transfer:
 
 
 def describe(module: LightningModule) -> dict[str, Any]:
-    """What rebuilds a module: its public class path and plain constructor arguments, and its classes' names."""
+    """What rebuilds a module: its public class path and plain constructor arguments, and its classes' names.
+
+    ``evaluation`` is there too where the data module that it is trained with has such an attribute, or the file that it
+    was loaded from had it.
+    """
     # Of its own constructor: Lightning also notes what the task's was given, which the architecture may not take.
     own = inspect.signature(type(module)).parameters.keys() - set(NOT_SAVED)
-    return {
+    described = {
         "class_path": f"zoo.{type(module).__name__}",
         "arguments": {key: value for key, value in dict(module.hparams).items() if key in own},
         "class_names": list(getattr(module, "class_names", [])),
     }
+    data = getattr(getattr(module, "_trainer", None), "datamodule", None)
+    evaluation = getattr(data, "evaluation", None) or getattr(module, "evaluation", None)
+    return described | {"evaluation": dict(evaluation)} if isinstance(evaluation, dict) else described
 
 
 def load(path: str | os.PathLike) -> LightningModule:
@@ -114,11 +126,12 @@ def load(path: str | os.PathLike) -> LightningModule:
         path: A ``.safetensors`` file of :func:`save`, or a ``.ckpt`` of a run.
 
     Returns:
-        The model, in evaluation mode, on the CPU.
+        The model, in evaluation mode, on the CPU. Its ``evaluation`` is what the file says of that.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is unsafe, damaged, or does not say which class of the zoo it is.
+        ValueError: The file is unsafe, damaged, does not say which class of the zoo it is, or has arguments that this
+            class does not take. Those that it lacks are named in a warning.
     """
     state, header = read_weights(path)
     name = str(header.get("class_path", "")).removeprefix("zoo.")
@@ -132,12 +145,73 @@ def load(path: str | os.PathLike) -> LightningModule:
     try:
         # Of the arguments only those that shape the network: a file must not make us fetch another one.
         arguments = {key: value for key, value in header["arguments"].items() if key not in NOT_SAVED}
+        compare_arguments(path, getattr(zoo, name), arguments, {})
+        evaluation = _checked_evaluation(header.get("evaluation"))
         _compare_size(getattr(zoo, name), arguments, state)
         module: LightningModule = getattr(zoo, name)(**arguments)
         module.load_state_dict(state)
     except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"{path} does not fit zoo.{name}: {error}") from error
+    if evaluation is not None:
+        module.evaluation = evaluation  # type: ignore[assignment]
     return module.eval()
+
+
+def compare_arguments(
+    path: str | os.PathLike,
+    architecture: type,
+    stored: dict[str, Any],
+    otherwise: dict[str, Any],
+    elsewhere: tuple[str, ...] = (),
+) -> None:
+    """Hold the arguments that a file has against those of its class; name in a warning what it lacks.
+
+    Args:
+        path: The file.
+        architecture: The class.
+        stored: The file's arguments.
+        otherwise: What is taken for those that it lacks; for others the class's defaults are.
+        elsewhere: Those that the file need not have, since they come from elsewhere.
+
+    Raises:
+        ValueError: The class does not take one of them.
+    """
+    known = {
+        key: parameter.default
+        for key, parameter in inspect.signature(architecture).parameters.items()
+        if key not in NOT_SAVED
+    }
+    for key in stored:
+        if key not in known and key not in NOT_SAVED:
+            raise ValueError(f"it has the argument {key!r}, which this version does not take{suggest(key, known)}")
+    missing = [key for key in known if key not in stored and key not in elsewhere]
+    values = {key: otherwise.get(key, known[key]) for key in missing}
+    taken = [f"{key}={value!r}" for key, value in values.items() if value is not inspect.Parameter.empty]
+    if taken:
+        rank_zero_warn(f"{path} lacks arguments of {architecture.__name__}, for which are taken: {', '.join(taken)}")
+
+
+def _checked_evaluation(said: Any) -> dict[str, Any] | None:
+    """What a file says of its evaluation.
+
+    Raises:
+        ValueError: It is no mapping of names to numbers, or a number is out of range.
+    """
+    if said is None:
+        return None
+    if not isinstance(said, dict):
+        raise ValueError(
+            f"its evaluation is {shortened(said)}, expected a mapping such as {{'short_side': 256, 'size': 224}}"
+        )
+    for key, value in said.items():
+        parts = value if isinstance(value, list) and len(value) == 2 else [value]
+        if key == "seconds" and type(value) in (int, float) and 0 < value < math.inf:
+            continue
+        if value is not None and not all(type(part) is int and 0 < part <= LARGEST for part in parts):
+            raise ValueError(
+                f"its evaluation says {key}={shortened(value)}, expected a whole number from 1 to {LARGEST:,}"
+            )
+    return said
 
 
 def _compare_size(architecture: type[LightningModule], arguments: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -184,6 +258,8 @@ def save(
         "metrics": json.dumps(metrics or {}),
         "licence": licence,
     }
+    if "evaluation" in described:
+        header["evaluation"] = json.dumps(described["evaluation"])
     # Clones: safetensors refuses tensors that share memory, and wants them contiguous.
     state = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in module.state_dict().items()}
     with replacing(Path(path)) as partial:
@@ -226,7 +302,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             header: dict[str, Any] = dict(file.metadata() or {})
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        for key in ("arguments", "class_names", "metrics"):
+        for key in ("arguments", "class_names", "metrics", "evaluation"):
             if key in header:
                 header[key] = json.loads(header[key])
     except (SafetensorError, OSError, json.JSONDecodeError) as error:

@@ -53,7 +53,7 @@ class DigitsDataModule(InMemoryDataModule):
             raise ValueError(f"image_size={image_size} must be at least 1")
         if channels not in (1, 3):
             raise ValueError(f"channels={channels} must be 1 (grey) or 3 (the same three times)")
-        self.image_size = image_size
+        self.image_size = self.side = image_size
         self.channels = channels
 
     def read(self, train: bool) -> tuple[Tensor, Tensor]:

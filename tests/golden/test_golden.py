@@ -4,6 +4,7 @@ To add a release: set the version in ``zoo/__init__.py``, run ``python tests/gol
 leave those of earlier ones as they are. If a test here fails, files that people have are no longer read as they were.
 """
 
+import inspect
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from make import answer, build, planned, tensors, values
 
 import zoo
 from zoo.running.checkpoint import read_checkpoint
-from zoo.weights import describe
+from zoo.weights import NOT_SAVED, describe
 
 HERE = Path(__file__).parent
 RELEASES = {path.parent.name: json.loads(path.read_text()) for path in sorted(HERE.glob("*/index.json"))}
@@ -52,6 +53,12 @@ def test_a_file_of_a_release_is_read_and_says_what_it_said(release, file):
 def test_an_architecture_has_the_tensors_that_it_had(release, name):
     entry = RELEASES[release][name]
     assert tensors(planned(name, entry["arguments"])) == entry["tensors"]
+
+
+@pytest.mark.parametrize("name", sorted(zoo.ARCHITECTURES))
+def test_an_architecture_stores_all_of_its_arguments(name):
+    stored = describe(planned(name, RELEASES[zoo.__version__][name]["arguments"]))["arguments"]
+    assert stored.keys() == inspect.signature(getattr(zoo, name)).parameters.keys() - set(NOT_SAVED)
 
 
 @pytest.mark.parametrize(("release", "name"), [case for case in CASES if "answer" in RELEASES[case[0]][case[1]]])

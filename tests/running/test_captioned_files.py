@@ -43,9 +43,9 @@ def pictures():
 
 
 def by_hand(model, path):
-    pixels = torch.from_numpy(np.asarray(Image.open(path)) / np.float32(255)).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
     with torch.no_grad():
-        (said,) = model.predict_step(resize(pixels, [32, 32], antialias=True)[None], 0)
+        (said,) = model.predict_step(resize(pixels, [32, 32], antialias=True)[None] / 255, 0)
     return said
 
 

@@ -51,7 +51,7 @@ def test_the_command_says_what_the_model_says(weights, pictures, capsys):
     model = zoo.load(weights)
     for row in found:
         with torch.no_grad():
-            scores = model(read_picture(Path(row["file"]), 3, 32, 32)[None]).softmax(1)[0]
+            scores = model(read_picture(Path(row["file"]), 3, 32)[None]).softmax(1)[0]
         order = scores.argsort(descending=True)[:5].tolist()
         assert [name for name, _ in row["top"]] == [NAMES[k] for k in order]
         assert [value for _, value in row["top"]] == pytest.approx(scores[order].tolist(), abs=1e-6)
@@ -75,7 +75,7 @@ def test_a_broken_picture_is_named_and_the_others_are_predicted(weights, picture
 def test_views_are_averaged_where_asked(weights, pictures):
     assert main(["predict", weights, "mine", "--test_time_augmentation", "flip"]) == 0
     model, row = zoo.load(weights), rows()[0]
-    image = read_picture(Path(row["file"]), 3, 32, 32)[None]
+    image = read_picture(Path(row["file"]), 3, 32)[None]
     with torch.no_grad():
         mean = (model(image).softmax(1) + model(image.flip(-1)).softmax(1))[0] / 2
     assert dict(row["top"]) == pytest.approx(

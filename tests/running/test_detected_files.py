@@ -181,6 +181,29 @@ def test_the_sheet_shows_the_first_pictures_smaller_with_their_names():
     np.testing.assert_allclose(points, [(128, 128), (448, 96), (480, 240)], atol=1e-3)
 
 
+@pytest.mark.parametrize("size", [90, [200, 90]])
+def test_pictures_are_looked_at_as_in_training_and_what_is_found_is_told_in_their_own_pixels(size):
+    model = Known().eval()
+    images = [torch.rand(3, 400, 900), torch.rand(3, 800, 600)]
+    expected = [model._on(torch.rand(3, 40, 90)) for _ in images]
+    model.evaluation = {"size": size}
+    files = DetectedFiles(model)
+    found = files._detect(images)
+    for each, image, said in zip(found, images, expected, strict=True):
+        height, width = image.shape[1:]
+        assert torch.equal(each["scores"], said["scores"]), "it is unsure of what is small"
+        scale = torch.tensor([width / 90, height / 40])
+        torch.testing.assert_close(each["boxes"], said["boxes"] * scale.repeat(2), rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(each["keypoints"][..., :2], said["keypoints"][..., :2] * scale)
+        assert each["masks"].shape == (4, 1, height, width)
+        x1, y1, x2, y2 = each["boxes"][1].tolist()
+        middle = slice(int(y1) + 20, int(y2) - 20), slice(int(x1) + 20, int(x2) - 20)
+        assert (each["masks"][1, 0][middle] > 0.5).all()
+        assert (each["masks"][1, 0][:, : int(x1) - 20] < 0.5).all()
+    (row, _) = files.predict([Path("a.png"), Path("b.png")], images)
+    assert row["objects"][1]["mask"]["size"] == [400, 900]
+
+
 def test_a_broken_picture_is_named_and_the_others_are_predicted(pictures, capsys):
     Path("mine/cut.jpg").write_bytes((pictures / "below" / "0.JPG").read_bytes()[:400])
     Path("mine/page.png").write_text("<html>")

@@ -37,8 +37,8 @@ def shades_of(clips):
 def test_frames_are_found_by_their_time(tmp_path):
     """30 frames of 0.1 s: clips of 1 s with 5 frames see every second one, side by side to the end."""
     write_video(tmp_path / "a.mp4", range(0, 210, 7))
-    clips = read_clips(tmp_path / "a.mp4", 5, 1.0, 48, 64)
-    assert clips.shape == (3, 3, 5, 48, 64)
+    clips = read_clips(tmp_path / "a.mp4", 5, 1.0, 48)
+    assert clips.shape == (3, 3, 5, 48, 48)
     expected = torch.arange(0, 210, 14).view(3, 5)
     assert (shades_of(clips) - expected).abs().max() <= 2
     assert (255 * clips[0, 0, 0, 24, 4] - 40).abs() <= 2, "left is left"
@@ -46,27 +46,27 @@ def test_frames_are_found_by_their_time(tmp_path):
 
 def test_a_whole_video_is_one_clip_where_no_length_is_said(tmp_path):
     write_video(tmp_path / "a.mp4", range(0, 200, 10))
-    clips = read_clips(tmp_path / "a.mp4", 10, None, 48, 64)
+    clips = read_clips(tmp_path / "a.mp4", 10, None, 48)
     assert (shades_of(clips) - torch.arange(0, 200, 20)[None]).abs().max() <= 2
 
 
 def test_a_varying_frame_rate_is_read_by_the_clock(tmp_path):
     """Four frames of 0.1 s, and then each for a second: half of the time has the shades from 120 on."""
     write_video(tmp_path / "a.mp4", [0, 30, 60, 90, 120, 150], times=[0, 1, 2, 3, 4, 14])
-    clips = read_clips(tmp_path / "a.mp4", 14, 1.4, 48, 64)
+    clips = read_clips(tmp_path / "a.mp4", 14, 1.4, 48)
     found = shades_of(clips)[0]
     assert (found - torch.tensor([0, 30, 60, 90] + [120] * 10)).abs().max() <= 2
 
 
 def test_the_last_frame_of_a_short_video_stays(tmp_path):
     write_video(tmp_path / "a.mp4", [10, 60, 110])
-    clips = read_clips(tmp_path / "a.mp4", 8, 0.8, 48, 64)
+    clips = read_clips(tmp_path / "a.mp4", 8, 0.8, 48)
     assert (shades_of(clips) - torch.tensor([[10, 60] + [110] * 6])).abs().max() <= 2
 
 
 def test_the_largest_middle_part_is_taken(tmp_path):
     write_video(tmp_path / "a.mp4", [0, 0], size=(48, 96))
-    clips = read_clips(tmp_path / "a.mp4", 2, None, 24, 24)
+    clips = read_clips(tmp_path / "a.mp4", 2, None, 24)
     left, right = 255 * clips[0, 0, 0, :, :10].mean(), 255 * clips[0, 0, 0, :, 14:].mean()
     assert abs(left - 40) < 3
     assert right < 3
@@ -92,7 +92,7 @@ def test_videos_are_told_with_the_mean_of_their_clips(weights, tmp_path, capsys,
     rows = [json.loads(line) for line in (tmp_path / "predictions" / "predictions.jsonl").read_text().splitlines()]
     assert [row["file"].rpartition("/")[2] for row in rows] == ["long.mp4", "short.avi"]
     assert all(len(row["top"]) == 2 for row in rows)
-    clips = read_clips(tmp_path / "videos" / "deep" / "long.mp4", 8, 0.8, 32, 32)
+    clips = read_clips(tmp_path / "videos" / "deep" / "long.mp4", 8, 0.8, 32)
     assert len(clips) == 2
     with torch.no_grad():
         expected = zoo.load(weights)(clips).softmax(1).mean(0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zoo.running.caption_pictures import attention_figure, captions_figure
-from zoo.running.picture_files import printable, read_whole_picture
+from zoo.running.picture_files import evaluation_of, printable, read_pixels, resized
 from zoo.tasks.captioning import LOOKED_AT, SHOWN, CaptioningTask
 
 if TYPE_CHECKING:
@@ -31,11 +31,9 @@ class CaptionedFiles:
         self._looks: list[Tensor] = []
 
     def read(self, path: Path) -> Tensor:
-        """One picture (3, H, W) of the size that the model was made for, whatever its shape was, as in training."""
-        from torchvision.transforms.v2.functional import resize
-
-        height, width = self.model.example_input_array.shape[2:]
-        return resize(read_whole_picture(path), [height, width], antialias=True)
+        """One picture (3, H, W) as in training: a square, whatever its shape was; else of the size of the model."""
+        size = evaluation_of(self.model).get("size", self.model.example_input_array.shape[-1])
+        return resized(read_pixels(path), size, size).float().div_(255)
 
     def predict(self, paths: list[Path], images: list[Tensor]) -> list[dict[str, Any]]:
         """A row for each picture: ``file``, ``caption``, ``log_probability``."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zoo.running.picture_files import printable, read_picture, short_name
+from zoo.running.picture_files import evaluation_of, printable, read_picture, short_name
 from zoo.running.pictures import contact_sheet
 from zoo.running.views import Kind, averaging_views
 from zoo.tasks.classification import ClassificationTask
@@ -37,9 +37,10 @@ class ClassifiedFiles:
         self._captions: list[str] = []
 
     def read(self, path: Path) -> Tensor:
-        """One picture (C, H, W) of the size that the model was made for."""
-        channels, height, width = self.model.example_input_array.shape[1:]
-        return read_picture(path, channels, height, width)
+        """One picture (C, H, W) as the evaluation of the training made images; else of the size of the model."""
+        channels, _, size = self.model.example_input_array.shape[1:]
+        made = evaluation_of(self.model)
+        return read_picture(path, channels, made.get("size", size), made.get("short_side"), made.get("resize"))
 
     def predict(self, paths: list[Path], images: list[Tensor]) -> list[dict[str, Any]]:
         """A row for each picture: ``file`` and ``top``, pairs of a class's name and its probability."""

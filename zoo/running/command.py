@@ -39,7 +39,7 @@ from zoo.running.provenance import Provenance
 from zoo.running.resume import ExactResume, Other
 from zoo.running.tolerance import ReportsMayFail
 from zoo.running.views import TestTimeAugmentation
-from zoo.weights import read_weights
+from zoo.weights import compare_arguments, read_weights
 
 # told by the data
 LINKED = ("num_classes", "class_names", "words", "observation_shape", "num_actions", "discount", "updates_per_step")
@@ -172,6 +172,12 @@ class RecipeCLI(LightningCLI):
         self._keep_words(described["arguments"].get("words"))
         if asked.class_path.rsplit(".", 1)[-1] != described["class_path"].rsplit(".", 1)[-1]:
             raise RecipeError(f"{path} holds a {described['class_path']}, the recipe says {asked.class_path}")
+        module, name = asked.class_path.rsplit(".", 1)
+        try:
+            architecture = getattr(import_module(module), name)
+            compare_arguments(path, architecture, described["arguments"], vars(asked.init_args), LINKED)
+        except ValueError as error:
+            raise RecipeError(f"{path} does not fit {asked.class_path}: {error}") from error
         for key, value in arguments.items():
             before = asked.init_args.get(key)
             if before != value:

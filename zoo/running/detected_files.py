@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.running.detection_pictures import detections_figure
-from zoo.running.picture_files import printable, read_whole_picture, short_name
+from zoo.running.picture_files import evaluation_of, from_array, printable, read_whole_picture, resized, short_name
 from zoo.tasks.detection import DetectionTask
 from zoo.weights import describe
 
@@ -25,6 +25,10 @@ SURE = 0.5  # score of what is shown where the user names none
 
 class DetectedFiles:
     """Files with the objects that a model finds on them.
+
+    Where the pictures of the training's evaluation were resized these are too, and what is found is brought back to the
+    size of the file. As in an evaluation pictures of several sizes that are looked at together may change each other's
+    scores a little, since the smaller ones are padded.
 
     Args:
         model: A detector in evaluation mode, on its device.
@@ -55,7 +59,7 @@ class DetectedFiles:
     def predict(self, paths: list[Path], images: list[Tensor]) -> list[dict[str, Any]]:
         """A row for each picture: ``file`` and ``objects``, best first."""
         with torch.inference_mode():
-            detections = self.model.detect([image.to(self.model.device) for image in images])
+            detections = self._detect(images)
         for path, image, found in zip(paths, images, detections, strict=True):
             if len(self._images) < SHOWN:
                 image, found = _smaller(image, _from(found, self.shown_from))
@@ -65,6 +69,16 @@ class DetectedFiles:
         return [
             {"file": str(path), "objects": self.model.objects(found)}
             for path, found in zip(paths, detections, strict=True)
+        ]
+
+    def _detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """What is found on pictures of the evaluation's size, in the pixels of the pictures as they are."""
+        size = evaluation_of(self.model).get("size")
+        seen = [as_evaluated(image, size) for image in images]
+        detections = self.model.detect([image.to(self.model.device) for image in seen])
+        return [
+            _scaled(found, (small.shape[1], small.shape[2]), (image.shape[1], image.shape[2]))
+            for found, small, image in zip(detections, seen, images, strict=True)
         ]
 
     def sheet(self) -> "Figure":
@@ -102,13 +116,37 @@ def _smaller(image: Tensor, found: dict[str, Tensor]) -> tuple[Tensor, dict[str,
     height, width = image.shape[1:]
     factor = min(1.0, SIDE / max(height, width))
     size = max(1, round(height * factor)), max(1, round(width * factor))
-    scale = torch.tensor([size[1] / width, size[0] / height])
-    smaller = dict(found) | {"boxes": found["boxes"] * scale.repeat(2)}
-    if "masks" in found:
-        smaller["masks"] = _resized(found["masks"].float(), size) > 0.5
-    if "keypoints" in found:
-        smaller["keypoints"] = found["keypoints"] * torch.cat([scale, torch.ones(1)])
+    smaller = dict(_scaled(found, (height, width), size))
+    if "masks" in smaller:
+        smaller["masks"] = smaller["masks"] > 0.5  # a quarter of the memory
     return _resized(image[None], size)[0], smaller
+
+
+def as_evaluated(image: Tensor, size: list[int] | int | None) -> Tensor:
+    """A picture, float32 (3, H, W) of whole grey levels, at an evaluation's size: of its longer side, or both."""
+    if size is None:
+        return image
+    height, width = image.shape[1:]
+    if isinstance(size, int):
+        factor = size / max(height, width)
+        size = [max(1, round(height * factor)), max(1, round(width * factor))]
+    if size == [height, width]:
+        return image
+    pixels = from_array((image * 255).round().byte().permute(1, 2, 0).numpy())
+    return resized(pixels, *size).float().div_(255)
+
+
+def _scaled(found: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
+    """What was found on a picture for the same picture at another size, both (height, width)."""
+    if old == new:
+        return found
+    scale = found["boxes"].new_tensor([new[1] / old[1], new[0] / old[0]])
+    scaled = found | {"boxes": found["boxes"] * scale.repeat(2)}
+    if "masks" in found:
+        scaled["masks"] = _resized(found["masks"].float(), new)
+    if "keypoints" in found:
+        scaled["keypoints"] = found["keypoints"] * torch.cat([scale, scale.new_ones(1)])
+    return scaled
 
 
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -24,7 +24,8 @@ from zoo.explaining.page import Bars, Sheet, coloured, over, rgb, scattered, sig
 from zoo.explaining.segmenting import segment
 from zoo.explaining.synthesis import class_visualization, deep_dream, feature_inversion, style_transfer, texture
 from zoo.recipes import RecipeError
-from zoo.running.picture_files import find_pictures, printable, read_picture, short_name
+from zoo.running.classified_files import ClassifiedFiles
+from zoo.running.picture_files import find_pictures, printable, short_name
 from zoo.tasks.classification import ClassificationTask
 
 SHOWN = 32  # filters, and maps of a picture
@@ -111,11 +112,11 @@ def ask(
         RecipeError: There is no such picture, or the model takes none.
         ValueError: There is no such class.
     """
-    channels, height, width = model.example_input_array.shape[1:]
+    channels = model.example_input_array.shape[1]
     if channels not in (1, 3):
         raise RecipeError(f"the model takes images of {channels} channels, pictures have 1 or 3")
     files = find_pictures(files)
-    images = torch.stack(read_each(files, lambda file: read_picture(file, channels, height, width)))
+    images = torch.stack(read_each(files, ClassifiedFiles(model).read))
     number = None if target is None else class_number(target, model.class_names)
     return Question(model, images, [short_name(file) for file in files], layer, number, steps, seed, progress)
 

@@ -19,9 +19,9 @@ from zoo.recipes import suggest
 from zoo.running import explained_classifiers
 from zoo.running.captioned_files import CaptionedFiles
 from zoo.running.clip_pictures import still_frames
-from zoo.running.detected_files import SIDE, SURE, DetectedFiles
+from zoo.running.detected_files import SIDE, SURE, DetectedFiles, as_evaluated
 from zoo.running.explained_classifiers import MANY, Answer, Question, read_each
-from zoo.running.picture_files import SUFFIXES, find_pictures, printable, short_name
+from zoo.running.picture_files import SUFFIXES, evaluation_of, find_pictures, printable, short_name
 from zoo.running.watched_files import SUFFIXES as VIDEOS
 from zoo.running.watched_files import WatchedFiles
 from zoo.tasks.captioning import END, START, CaptioningTask
@@ -110,7 +110,8 @@ def ask_detector(
     rank = int(target) if target is not None and target.isdecimal() and target not in network.class_names else None
     label = None if target is None or rank is not None else 1 + class_number(target, network.class_names)
     files = find_pictures(files)
-    images = [_at_most(image, SIDE) for image in read_each(files, DetectedFiles(network).read)]
+    whole, size = read_each(files, DetectedFiles(network).read), evaluation_of(network).get("size")
+    images = [_at_most(as_evaluated(image, size), SIDE) for image in whole]
     asked = [_objects(network, image, rank, label) for image in images]
     wanted = "objects" if target is None else f"object {target}"
     return _inquiry(network, files, asked, layer, progress, [""] * len(files), wanted)

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from zoo.running.checkpoint import replacing
 from zoo.running.mesh_pictures import Pair, Surface, meshes_figure, to_gif, turntable, viewer_page, write_mesh
-from zoo.running.picture_files import printable, read_whole_picture, short_name
+from zoo.running.picture_files import evaluation_of, from_array, printable, read_pixels, resized, short_name
 from zoo.tasks.mesh import SHOWN, MeshTask, extents
 
 if TYPE_CHECKING:
@@ -34,15 +34,15 @@ class MeshedFiles:
         self._pairs: list[Pair] = []
 
     def read(self, path: Path) -> Tensor:
-        """One picture (3, H, W) of the size that the model was made for, made square with white at its sides."""
-        from torchvision.transforms.v2.functional import resize
-
-        picture = read_whole_picture(path)
+        """One picture (3, H, W) as in training: white where it is wholly transparent, and made square by white."""
+        picture = read_pixels(path, ground=255)
         height, width = picture.shape[1:]
         side = max(height, width)
-        left, top = (side - width) // 2, (side - height) // 2
-        square = F.pad(picture, (left, side - width - left, top, side - height - top), value=1.0)
-        return resize(square, list(self.model.example_input_array.shape[2:]), antialias=True)
+        square = np.full((side, side, 3), 255, dtype=np.uint8)
+        top, left = (side - height) // 2, (side - width) // 2
+        square[top : top + height, left : left + width] = picture.permute(1, 2, 0).numpy()
+        size = evaluation_of(self.model).get("size", self.model.example_input_array.shape[-1])
+        return resized(from_array(square), size, size).float().div_(255)
 
     def predict(self, paths: list[Path], images: list[Tensor]) -> list[dict[str, Any]]:
         """A row for each picture: ``file``, ``meshes`` (files in the folder), ``extents``; the files are written.

@@ -61,6 +61,11 @@ def predict_pictures(
 ) -> int:
     """Print what a model says of each picture; write ``predictions.jsonl`` and ``predictions.png``.
 
+    Pictures are read as the evaluation of the training read them, which its data module says (``evaluation``) and the
+    file keeps: what is said of a file is what validation and test said of it, to 1e-5. Of a clip it is what the test
+    said, whose ``test_clips`` and ``test_crops`` validation has not. Where a file does not say it, as of earlier
+    releases, classifiers take the usual size and cut: :func:`zoo.running.picture_files.read_picture`.
+
     A row of ``predictions.jsonl`` has ``file``, and of a classifier ``top``: pairs of a class's name and its
     probability; of a detector ``objects``, as :meth:`zoo.tasks.detection.DetectionTask.objects` gives them, in pixels
     of the upright picture; of a captioner ``caption`` and its ``log_probability``; of a model of meshes ``meshes``, the

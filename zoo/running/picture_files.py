@@ -1,18 +1,26 @@
-"""Pictures of one's own: any file that Pillow reads, upright, at its own size or at the size that a model wants."""
+"""Pictures of one's own: any file that Pillow reads, upright, at its own size or as an evaluation makes images of them.
+
+The pixels are those that the data modules of classes, captions and objects make of a file, bit for bit: what a model
+says of a file is what validation and test said of it.
+"""
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from lightning import LightningModule
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
 from zoo.recipes import RecipeError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 SMALL = 64  # pixels: up to this size nothing is cut off but what makes the picture square
 MARGIN = 256 / 224  # of larger ones, as networks for ImageNet are evaluated
+LONGEST = 16  # times the short side: of a longer picture the middle is taken
 
 
 def find_pictures(paths: list[Path], suffixes: tuple[str, ...] = SUFFIXES, kind: str = "picture") -> list[Path]:
@@ -40,48 +48,84 @@ def find_pictures(paths: list[Path], suffixes: tuple[str, ...] = SUFFIXES, kind:
     return files
 
 
-def read_whole_picture(path: Path) -> Tensor:
+def read_pixels(path: Path, ground: int | None = None) -> Tensor:
     """One picture, upright, at its own size.
 
-    Transparent parts become white, 16-bit values 8-bit ones; of an animation the first picture is taken.
+    Transparency is dropped, of 16 bits the upper eight are kept, of an animation the first picture is taken.
 
     Args:
         path: A file that Pillow reads.
+        ground: Grey level of what is wholly transparent; None leaves it the colour that the file has there.
 
     Returns:
-        RGB, float32 (3, H, W) in [0, 1].
+        RGB, uint8 (3, H, W).
 
     Raises:
         Exception: Pillow cannot read the file; its decoders raise what they like.
     """
-    return _tensor(_upright(path, 3))
+    with Image.open(path) as file:
+        file.load()  # TIFF knows its orientation only then
+        picture = ImageOps.exif_transpose(file)
+    pixels = np.array(_to_rgb(picture))
+    if ground is not None and (picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info):
+        pixels[np.asarray(picture.convert("RGBA"))[..., 3] == 0] = ground
+    return from_array(pixels)
 
 
-def read_picture(path: Path, channels: int, height: int, width: int) -> Tensor:
-    """One picture, upright, at a size: the largest part from its centre, or a little less for larger sizes.
+def read_whole_picture(path: Path) -> Tensor:
+    """The same as float32 (3, H, W) in [0, 1]."""
+    return read_pixels(path).float().div_(255)
 
-    Up to 64 pixels the shorter side is brought to the size and the longer one cut; above that 224 of each 256 pixels
-    of the shorter side are kept, as networks for ImageNet are evaluated. Otherwise as :func:`read_whole_picture`.
+
+def read_picture(
+    path: Path, channels: int, size: int, short_side: int | None = None, resize: int | None = None
+) -> Tensor:
+    """One picture as an evaluation makes an image of it: its short side is resized, then the middle is cut out.
 
     Args:
         path: A file that Pillow reads.
         channels: 1 for grey, 3 for RGB.
-        height: Pixels.
-        width: Pixels.
+        size: Side of what is cut out, in pixels.
+        short_side: That of the picture before. None is ``size`` where that is 64 at most, and above 256/224 of it, as
+            networks for ImageNet are evaluated.
+        resize: Side to which the image is brought at last; None leaves it at ``size``.
 
     Returns:
-        float32 (channels, height, width) in [0, 1].
+        float32 (channels, size, size) in [0, 1], or (channels, resize, resize).
 
     Raises:
         Exception: Pillow cannot read the file; its decoders raise what they like.
     """
-    picture = _upright(path, channels)
-    margin = MARGIN if min(height, width) > SMALL else 1.0
-    picture = picture.resize(
-        _covering(picture.size, round(width * margin), round(height * margin)), Image.Resampling.BILINEAR
-    )
-    left, upper = round((picture.width - width) / 2), round((picture.height - height) / 2)
-    return _tensor(picture.crop((left, upper, left + width, upper + height)))
+    if short_side is None:
+        short_side = size if size <= SMALL else round(size * MARGIN)
+    if short_side < size:
+        raise ValueError(f"no {size} pixels can be cut out of a short side of {short_side}")
+    image = read_pixels(path)
+    if channels == 1:
+        image = from_array(np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L"))[..., None])
+    image = _centre(_resized_short_side(image, short_side), size).float().div_(255)
+    if resize is None:
+        return image
+    return F.interpolate(image[None], (resize, resize), mode="bilinear", antialias=True)[0]
+
+
+def from_array(pixels: np.ndarray) -> Tensor:
+    """Pixels (H, W, C) as a tensor (C, H, W)."""
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+
+def resized(image: Tensor, height: int, width: int) -> Tensor:
+    """An image, uint8 (C, H, W), at another size: bilinear, antialiased, in whole grey levels."""
+    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+
+
+def evaluation_of(model: LightningModule) -> dict[str, Any]:
+    """How the images were made that a model was evaluated on, as its data module said; empty where its file does not.
+
+    Its keys are those of the data modules' ``evaluation``, which differ from task to task.
+    """
+    found: Any = getattr(model, "evaluation", None)
+    return found or {}
 
 
 def printable(path: Path | str) -> str:
@@ -96,29 +140,28 @@ def short_name(path: Path | str, letters: int = 16) -> str:
     return name if len(name) <= letters else f"{name[: half - 1]}…{name[len(name) - half :]}"
 
 
-def _upright(path: Path, channels: int) -> Image.Image:
-    with Image.open(path) as file:
-        return _plain(ImageOps.exif_transpose(file)).convert("RGB" if channels == 3 else "L")
+def _to_rgb(picture: Image.Image) -> np.ndarray:
+    """Pixels as uint8 (H, W, 3)."""
+    if picture.mode.startswith("I"):  # 16 bits, in "I" of 32 with older Pillow
+        grey = np.clip(np.asarray(picture).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, of which it does not say the range")
+    if "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    return np.asarray(picture.convert("RGB"))
 
 
-def _tensor(picture: Image.Image) -> Tensor:
-    values = np.asarray(picture, dtype=np.float32) / 255
-    return torch.from_numpy(values.reshape(picture.height, picture.width, -1)).permute(2, 0, 1)
+def _resized_short_side(image: Tensor, size: int) -> Tensor:
+    height, width = image.shape[1:]
+    short = min(height, width)
+    if max(height, width) > LONGEST * short:
+        top, left = (max(0, (side - LONGEST * short) // 2) for side in (height, width))
+        middle = image[:, top : top + LONGEST * short, left : left + LONGEST * short]
+        return _resized_short_side(from_array(middle.permute(1, 2, 0).numpy()), size)
+    return resized(image, int(size * height / short), int(size * width / short))
 
 
-def _covering(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
-    """Width and height of a picture that covers an area: one of them as wanted, the other in proportion."""
-    if width * size[1] >= height * size[0]:
-        return width, width * size[1] // size[0]
-    return height * size[0] // size[1], height
-
-
-def _plain(picture: Image.Image) -> Image.Image:
-    """Without transparency, and with eight bits, where Pillow's own conversion would black out or cut off."""
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture, dtype=np.float32) / 257  # 65,535 becomes 255
-        return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        over = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-    return picture
+def _centre(image: Tensor, size: int) -> Tensor:
+    top, left = (round((side - size) / 2) for side in image.shape[1:])
+    return image[:, top : top + size, left : left + size]

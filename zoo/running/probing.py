@@ -53,6 +53,7 @@ def probe_recipe(recipe: str, overrides: list[str], cache: Path, out: Path) -> P
         raise RecipeError(f"zoo probe fits the head of a classifier, and {recipe} has a {type(cli.model).__name__}")
     with refusing():
         found = probe(cli.model, cli.datamodule, cache, cli.trainer.strategy.root_device)
+    cli.model.evaluation = getattr(cli.datamodule, "evaluation", None)  # type: ignore[assignment]
     metrics = {f"{split}/accuracy": accuracy for split, accuracy in found.accuracy.items()}
     zoo.save(cli.model.cpu(), out, f"{recipe} (probe)", metrics)
     shown = ", ".join(f"{split} {accuracy:.4f}" for split, accuracy in found.accuracy.items())
