@@ -31,7 +31,7 @@ FORMAT = "1"
 TORCHVISION_NAME = re.compile(r"[A-Z][A-Z0-9_]*")  # DEFAULT, IMAGENET1K_V2, …: no file is called so
 # Arguments of a run, not of the network.
 NOT_SAVED = ("optimizer", "scheduler", "weights", "backbone_weights", "keep_matching_classes", "classifier")
-LARGEST = 2**12  # pixels, frames or clips that a file may ask for in its evaluation
+LARGEST = 2**14  # pixels, frames or clips that a file may ask for in its evaluation
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,17 @@ def describe(module: LightningModule) -> dict[str, Any]:
         "arguments": {key: value for key, value in dict(module.hparams).items() if key in own},
         "class_names": list(getattr(module, "class_names", [])),
     }
+    evaluation = _evaluation_of(module)
+    return described if evaluation is None else described | {"evaluation": evaluation}
+
+
+def _evaluation_of(module: LightningModule) -> dict[str, Any] | None:
+    """What its data module, or else its file, says of an evaluation; somebody else's attribute of that name is none."""
     data = getattr(getattr(module, "_trainer", None), "datamodule", None)
-    evaluation = getattr(data, "evaluation", None) or getattr(module, "evaluation", None)
-    return described | {"evaluation": dict(evaluation)} if isinstance(evaluation, dict) else described
+    try:
+        return _checked_evaluation(getattr(data, "evaluation", None) or getattr(module, "evaluation", None))
+    except ValueError:
+        return None
 
 
 def load(path: str | os.PathLike) -> LightningModule:

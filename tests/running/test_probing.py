@@ -86,6 +86,7 @@ def test_the_command_writes_a_weights_file_that_predicts(model, tmp_path, capsys
     images = ["--data.init_args.image_size", "12"]
     assert main(["probe", "lenet/embedded", "--out", str(tmp_path / "p.safetensors"), *weights, *images]) == 0
     probed = zoo.load(tmp_path / "p.safetensors")
+    assert probed.evaluation == {"short_side": 12, "size": 12}
     assert torch.equal(probed.backbone.conv1.weight, model.backbone.conv1.weight)
     assert not torch.equal(probed.head.weight, model.head.weight)
     assert json.loads(json.dumps(probed.class_names)) == [str(digit) for digit in range(10)]

@@ -416,11 +416,8 @@ def test_a_file_that_says_nonsense_of_it_is_refused(evaluation, named, capsys):
     assert named in line
 
 
-def test_what_a_foreign_data_module_calls_an_evaluation_is_left_alone():
-    data = DigitsDataModule(image_size=8)
-    type(data).evaluation, before = (lambda self: 3), type(data).evaluation
-    try:
-        saved(zoo.LeNet(image_size=8), data)
-    finally:
-        type(data).evaluation = before
+@pytest.mark.parametrize("evaluation", [lambda self: 3, {"metric": "map"}, {"size": np.int64(8)}])
+def test_what_a_foreign_data_module_calls_an_evaluation_is_left_alone(evaluation, monkeypatch):
+    monkeypatch.setattr(DigitsDataModule, "evaluation", evaluation)
+    saved(zoo.LeNet(image_size=8), DigitsDataModule(image_size=8))
     assert "evaluation" not in read_weights("w.ckpt")[1]
