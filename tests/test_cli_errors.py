@@ -331,6 +331,40 @@ def test_a_malicious_file_is_refused_and_its_code_never_runs(file, option, capsy
 
 
 @pytest.mark.parametrize(
+    ("described", "said"),
+    [
+        ({"optimizer": {"class_path": "marking.Boom", "init_args": {}}}, None),
+        ({"scheduler": {"class_path": "marking.run"}}, None),
+        ({"image_size": {"class_path": "marking.Boom"}}, "is refused: its argument 'image_size' is no number"),
+        ({"class_names": [{"class_path": "marking.Boom"}]}, "is refused: its argument 'class_names' is no number"),
+        (7, "does not say which class"),
+        (None, "does not say which class"),
+    ],
+)
+@pytest.mark.parametrize("command", ["test", "fit"])
+def test_a_checkpoint_makes_no_module_be_imported(described, said, command, capsys, monkeypatch):
+    """The module lies where ``python -m zoo`` would find it."""
+    Path("marking.py").write_text("open('marker', 'w')")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    assert main(["fit", "good.yaml", "--trainer.max_steps", "2"]) == 0
+    content = torch.load("runs/good/version_0/checkpoints/last.ckpt", weights_only=True)
+    if isinstance(described, dict):
+        content["zoo"]["arguments"] |= described
+    elif described is None:
+        content["zoo"] = {"x": 1}
+    else:
+        content["zoo"]["arguments"] = described
+    torch.save(content, "imports.ckpt")
+    asked = [command, "good.yaml", "--ckpt_path", "imports.ckpt"]
+    capsys.readouterr()
+    if said is None:  # such an argument of a file is left aside
+        assert main(asked) == 0
+    else:
+        assert f"imports.ckpt {said}" in refused(asked, capsys)
+    assert not Path("marker").exists()
+
+
+@pytest.mark.parametrize(
     "command", ["list", "show", "reproduce", "check", "check-data", "find_lr", "search", "probe", "explain", "export"]
 )
 def test_help_is_no_error(command, capsys):

@@ -39,7 +39,7 @@ from zoo.running.provenance import Provenance
 from zoo.running.resume import ExactResume, Other
 from zoo.running.tolerance import ReportsMayFail
 from zoo.running.views import TestTimeAugmentation
-from zoo.weights import compare_arguments, read_weights
+from zoo.weights import NOT_SAVED, compare_arguments, read_weights
 
 # told by the data
 LINKED = ("num_classes", "class_names", "words", "observation_shape", "num_actions", "discount", "updates_per_step")
@@ -149,7 +149,8 @@ class RecipeCLI(LightningCLI):
         weights = self.config[subcommand].model.get("init_args.weights")
         if subcommand != "fit" and weights and Path(str(weights)).is_file():
             with refusing():
-                self._keep_words(read_weights(weights)[1].get("arguments", {}).get("words"))
+                header = read_weights(weights)[1]
+            self._keep_words(_stored_arguments(weights, header).get("words") if "arguments" in header else None)
         trained = path or self.config[subcommand].model.get("init_args.weights") or self.untrained
         if subcommand != "fit" and not trained:
             raise RecipeError(
@@ -167,18 +168,20 @@ class RecipeCLI(LightningCLI):
             return  # somebody else's module, which is built as its recipe says
         if not described:
             raise RecipeError(f"{path} holds no model of the zoo: start from it with --model.init_args.weights {path}")
-        arguments = {k: v for k, v in described["arguments"].items() if k not in LINKED}
-        self.trained_classes = described["arguments"].get("num_classes")
-        self._keep_words(described["arguments"].get("words"))
+        stored = _stored_arguments(path, described)
+        self.trained_classes = stored.get("num_classes")
+        self._keep_words(stored.get("words"))
         if asked.class_path.rsplit(".", 1)[-1] != described["class_path"].rsplit(".", 1)[-1]:
             raise RecipeError(f"{path} holds a {described['class_path']}, the recipe says {asked.class_path}")
         module, name = asked.class_path.rsplit(".", 1)
         try:
             architecture = getattr(import_module(module), name)
-            compare_arguments(path, architecture, described["arguments"], vars(asked.init_args), LINKED)
+            compare_arguments(path, architecture, stored, vars(asked.init_args), LINKED)
         except ValueError as error:
             raise RecipeError(f"{path} does not fit {asked.class_path}: {error}") from error
-        for key, value in arguments.items():
+        for key, value in stored.items():
+            if key in LINKED:
+                continue
             before = asked.init_args.get(key)
             if before != value:
                 rank_zero_info(f"{key}: {value} from {path} ({before} was asked; --ckpt_path keeps its own)")
@@ -314,6 +317,28 @@ def _apart_from_the_command(made: Callable) -> Callable:
     Whoever copies the model, as averages of weights do, would copy them all, or fail; functions are not copied.
     """
     return lambda *arguments: made(*arguments)
+
+
+def _stored_arguments(path: str | Path, described: Any) -> dict[str, Any]:
+    """The constructor's arguments that a file has: values that cannot name a class, whose module would be imported.
+
+    Raises:
+        RecipeError: The file has something else there.
+    """
+    arguments = described.get("arguments") if isinstance(described, dict) else None
+    if not isinstance(arguments, dict) or not isinstance(described.get("class_path"), str):
+        raise RecipeError(f"{path} does not say which class of the zoo it is, and with which arguments: it is damaged")
+    kept = {key: value for key, value in arguments.items() if key not in NOT_SAVED}
+    for key, value in kept.items():
+        if not isinstance(key, str) or not _is_harmless(value):
+            raise RecipeError(f"{path} is refused: its argument {key!r} is no number or text, or list of these")
+    return kept
+
+
+def _is_harmless(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_harmless(each) for each in value)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _short(option: str) -> str:
