@@ -246,6 +246,32 @@ def test_when_one_process_dies_all_end_and_say_which_and_why(rank, death):
     assert read_checkpoint(LAST)["global_step"] == STEPS
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("hook", "act", "why"),
+    [
+        ("on_validation_batch_start", fail, "RuntimeError: a fault"),
+        ("on_train_batch_start", break_metric, "RuntimeError: a fault in compute"),
+        ("on_save_checkpoint", fail, "RuntimeError: a fault"),
+    ],
+)
+def test_a_process_that_fails_where_the_others_wait_for_its_share_ends_all(rank, hook, act, why):
+    """In a validation, in a metric that is summed up together, in a checkpoint to which each gives its state."""
+
+    def run(mine):
+        callback = At(hook, act, rank) if mine == rank else None
+        train(callback, "trainer.devices 2", "trainer.strategy ddp", "trainer.accelerator cpu")
+
+    children = together(2, run)
+    start = time.monotonic()
+    statuses = [child.wait(60) for child in children]
+    assert time.monotonic() - start < 60
+    assert 0 not in statuses
+    assert why in children[rank].output
+    assert f"process {rank} of this run ended: {why}" in children[1 - rank].output
+    assert read_checkpoint(LAST)["global_step"] == STEPS
+
+
 @pytest.mark.parametrize("death", ["killed", "exception"])
 @pytest.mark.parametrize("hook", ["prepare_data", "setup"])
 def test_when_the_first_process_dies_while_the_others_wait_for_its_data_all_end_and_say_why(hook, death):
