@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -400,6 +401,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 def _end_when_the_parent_asks() -> None:
     """So torch and multiprocessing end a worker that is stuck."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    parent = multiprocessing.parent_process()  # also where a server forks for it
+    while parent is not None and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(128 + signal.SIGTERM)

@@ -2,6 +2,10 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -519,6 +523,25 @@ def test_an_epoch_that_was_left_early_leaves_nothing_behind(flowers):
     torch.manual_seed(3)
     loader = data(flowers, workers=2).train_dataloader()
     assert [same(batches(loader, 2), epoch[:2]) for epoch in epochs] == [True] * 3
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not tell who has sent a signal")
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_worker_ends_where_its_own_process_asks_for_it_and_nobody_else(flowers, monkeypatch, method):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    loader = data(flowers, workers=1).train_dataloader()
+    loader._reader.multiprocessing_context = multiprocessing.get_context(method)
+    batches(loader, 1)
+    (worker,) = loader._iterator._workers
+    script = f"import os, signal; os.kill({worker.pid}, signal.SIGTERM)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert len(batches(loader)) == 7
+    assert worker.is_alive()
+    torch.utils.data._utils.signal_handling._remove_worker_pids(id(loader._iterator))  # its death is no surprise
+    loader._iterator._worker_pids_set = False
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 128 + signal.SIGTERM
 
 
 def test_loading_draws_nothing_from_the_runs_random_numbers(flowers):
