@@ -526,7 +526,9 @@ def test_an_epoch_that_was_left_early_leaves_nothing_behind(flowers):
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not tell who has sent a signal")
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "method", ["fork", *(pytest.param(m, marks=pytest.mark.faults) for m in ("spawn", "forkserver"))]
+)
 def test_a_worker_ends_where_its_own_process_asks_for_it_and_nobody_else(flowers, monkeypatch, method):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     loader = data(flowers, workers=1).train_dataloader()
