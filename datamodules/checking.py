@@ -140,13 +140,13 @@ def contents(parts: dict[str, Part]) -> Iterable[tuple[bytes, tuple[str, str, in
         else:
             files += [(path, window, (split, str(path), label)) for path, window, label in files_of(part)]
     sizes = {path: os.path.getsize(path) for path in {path for path, _, _ in files} if path.is_file()}
-    alike = Counter((sizes.get(path, 0), window) for path, window in {(path, window) for path, window, _ in files})
+    alike = Counter(sizes.values())
     digests: dict[Path, bytes] = {}
     for path, window, place in files:
         if not sizes.get(path):
             continue  # which cannot be read
         if path not in digests:  # only files of one size can be alike; one file may be listed twice
-            digests[path] = _digest(path) if alike[sizes[path], window] > 1 else os.fsencode(path.resolve())
+            digests[path] = _digest(path) if alike[sizes[path]] > 1 else os.fsencode(path.resolve())
         yield digests[path] + window.encode(), place
 
 

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from datamodules.download import fetch
+from datamodules.download import Member, alone, fetch, members_of
 from datamodules.in_memory import InMemoryDataModule
 
 FOREIGN = "not the official files"  # beside every figure of a report that was measured on other ones
@@ -298,7 +298,7 @@ def _unpack(archive: Path, version: Version, folder: Path) -> None:
     """Write the files of an archive that are wanted and not there yet; each appears whole or not at all."""
     contents = _read_archive(archive, version, version.train | version.test)
     folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpack-") as partial:
+    with alone(folder, ".unpack-*"), tempfile.TemporaryDirectory(dir=folder, prefix=".unpack-") as partial:
         for name, content in contents.items():
             if not (folder / name).exists():
                 (Path(partial) / name).write_bytes(content)
@@ -343,15 +343,18 @@ def _read_archive(archive: Path, version: Version, files: dict[str, str]) -> dic
     """The content of the wanted members; no member's name or kind decides where anything is written."""
     wanted = {f"{version.folder}/{name}": name for name in files}
     contents: dict[str, bytes] = {}
+    room = ALL_FILES
     try:
-        with tarfile.open(archive, "r|gz") as members:
-            for member in members:
+        with tarfile.open(archive, "r|gz", tarinfo=Member) as members:
+            for member in members_of(members):
                 name = wanted.get(member.name)
-                if name is not None and member.isreg() and member.size <= MEMBER_LIMIT:
+                if name is not None and member.isreg() and member.size <= room:
+                    room -= member.size
                     contents[name] = members.extractfile(member).read()  # type: ignore[union-attr]
                 if len(contents) == len(wanted):
                     break
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, TypeError) as error:  # the last, of a cut header
+    # A cut header is a TypeError.
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, TypeError, RecursionError) as error:
         raise ValueError(f"{archive} is truncated or corrupt ({error}): delete it and fetch it again") from error
     missing = ", ".join(path for path, name in wanted.items() if name not in contents)
     if missing:
@@ -359,7 +362,7 @@ def _read_archive(archive: Path, version: Version, files: dict[str, str]) -> dic
     return contents
 
 
-MEMBER_LIMIT = 2**28  # bytes; the largest official one has 155 million
+ALL_FILES = 2**28  # bytes; the official ones have 186 million
 
 
 def parse(content: bytes, path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:

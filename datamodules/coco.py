@@ -6,6 +6,7 @@ lists (COCO's crowds) or compressed.
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeGuard
 
@@ -254,8 +255,8 @@ def read_categories(path: Path) -> list[Category]:
     if not found:
         raise ValueError(f"{path} has no categories, so that there is nothing to detect")
     categories = sorted(_category(path, entry) for entry in found)
-    numbers = [category.number for category in categories]
-    if twice := [number for number in numbers if numbers.count(number) > 1]:
+    numbers = Counter(category.number for category in categories)
+    if twice := [number for number, times in numbers.items() if times > 1]:
         raise ValueError(f"{path} has several categories with the id {twice[0]}: give each an id of its own")
     return categories
 

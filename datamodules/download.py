@@ -1,13 +1,19 @@
-"""Downloads that are verified, leave nothing half-written, and say what to bring where there is no network."""
+"""Downloads that are verified, leave nothing half-written, and say what to bring where there is no network.
+
+What is in a downloaded archive is read by :func:`members_of`.
+"""
 
 import hashlib
 import os
+import shutil
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from typing import Any
 from urllib.request import Request, urlopen
 
 MIRROR_TIMEOUT = 60  # seconds of silence after which the next mirror is asked
@@ -15,6 +21,12 @@ SLOWEST = 1000  # bytes a second, on average over as many seconds: a slow teleph
 CHUNK = 1 << 16  # bytes
 TRIES = 2  # of each mirror
 PAUSE = 2.0  # seconds before the second
+# Headers of a tar file with a content, which tarfile reads whole, and the bytes that it may have: a path has 4,096.
+EXTENDED = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+LONGEST_HEADER = 2**16
 NOT_THERE = (401, 403, 404, 410)  # what a server says that will not say otherwise soon
 
 
@@ -37,7 +49,7 @@ def fetch(mirrors: list[str], file: str, md5: str, folder: Path, found: Callable
         FileNotFoundError: No mirror gave the file; names each with its reason, and where to put the file by hand.
     """
     errors: dict[str, Exception] = {}
-    with _alone(folder):
+    with alone(folder, ".download-*"):
         if (folder / file).is_file() or found():
             return
         for attempt in range(TRIES):
@@ -97,8 +109,14 @@ def _parts(answer: HTTPResponse, file: str) -> Iterator[bytes]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait for other processes that download into a folder; where files cannot be locked, do not."""
+def alone(folder: Path, leftovers: str) -> Iterator[None]:
+    """Wait for other processes that write into a folder in the same way; where files cannot be locked, do not.
+
+    Args:
+        folder: Existing.
+        leftovers: Pattern of the folders for what is half-written. Those there are of processes that were killed, since
+            no other one is at work, and are removed.
+    """
     try:
         import fcntl
     except ModuleNotFoundError:  # Windows
@@ -108,6 +126,35 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         with suppress(OSError):  # some network file systems
             fcntl.flock(handle, fcntl.LOCK_EX)
+            for stale in folder.glob(leftovers):
+                shutil.rmtree(stale, ignore_errors=True)
         yield
     finally:
         os.close(handle)  # which lets the next one in
+
+
+class Member(tarfile.TarInfo):
+    """A member of an archive whose headers are short: tarfile makes room for whatever they unpack to."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Member":
+        """Read a header.
+
+        Raises:
+            tarfile.ReadError: A longer one follows, or a list of the parts of a sparse file.
+        """
+        member = super().frombuf(buf, encoding, errors)
+        if member.type == tarfile.GNUTYPE_SPARSE or (member.type in EXTENDED and member.size > LONGEST_HEADER):
+            raise tarfile.ReadError(f"a header that takes {member.size:,} bytes, or a sparse file")
+        return member
+
+    def _proc_gnusparse_10(self, *_: Any) -> None:  # the same list in the other format, which frombuf does not see
+        raise tarfile.ReadError("a sparse file")
+
+
+def members_of(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of an archive that was opened with ``tarinfo=Member``; each is forgotten when the next is read."""
+    while (member := archive.next()) is not None:
+        yield member
+        archive.members.clear()  # type: ignore[attr-defined]  # of nothing there may be millions
+        archive.pax_headers.clear()  # type: ignore[attr-defined]

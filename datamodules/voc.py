@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.annotations import AnnotatedPictures, Findings, FoundObject, FoundPicture, collect
 from datamodules.detection import DetectionDataModule, Split
-from datamodules.download import fetch
+from datamodules.download import Member, alone, fetch, members_of
 from datamodules.pictures import Picture
 
 CLASSES = [
@@ -217,10 +217,13 @@ def unpack(archive: Path, inside: str, folder: Path) -> None:
         ValueError: The archive is broken, or has members that do harm: links, devices, places outside, far more bytes
             than it has itself.
     """
-    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpacking-") as partial:
+    with (
+        alone(archive.parent, ".unpacking-*"),
+        tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpacking-") as partial,
+    ):
         try:
             _write_members(archive, PurePosixPath(inside), Path(partial))
-        except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, RecursionError) as error:
             raise ValueError(f"{archive} cannot be unpacked ({error}): delete it and fetch it again") from error
         files = sorted(path for path in Path(partial).rglob("*") if path.is_file())
         for path in sorted(files, key=lambda path: "ImageSets" in path.parts):
@@ -232,8 +235,8 @@ def unpack(archive: Path, inside: str, folder: Path) -> None:
 def _write_members(archive: Path, inside: PurePosixPath, folder: Path) -> None:
     """Write the plain files below ``inside``; all else in the archive is left where it is."""
     room = UNPACKED * archive.stat().st_size
-    with tarfile.open(archive) as members:
-        for member in members:
+    with tarfile.open(archive, tarinfo=Member) as members:
+        for member in members_of(members):
             name = PurePosixPath(member.name)
             if not name.is_relative_to(inside) or member.isdir():
                 continue

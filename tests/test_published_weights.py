@@ -135,6 +135,14 @@ def test_a_fault_that_stays_is_named_and_leaves_nothing(fault, reason, times, ca
     assert [file.name for file in cache.iterdir() if file.suffix != ".lock"] == []
 
 
+def test_what_a_killed_download_left_is_removed_by_the_next_of_that_file(cache, server, published):
+    for name in (published[1].name, "other.pth"):
+        (cache / f".download-{name}-x").mkdir(parents=True)
+    SqueezeNet(weights="DEFAULT")
+    left = sorted(file.name for file in cache.iterdir() if file.suffix != ".lock")
+    assert left == [".download-other.pth-x", published[1].name]
+
+
 def test_an_official_file_in_the_cache_needs_no_network(cache, published):
     network, path = published
     cache.mkdir(parents=True)

@@ -176,10 +176,14 @@ def slow_frames(frames: int, alpha: int) -> list[int]:
     Raises:
         ValueError: ``frames`` is no multiple of ``alpha``.
     """
+    _check_frames(frames, alpha)
     count = frames // alpha
-    if not count or frames % alpha:
-        raise ValueError(f"a clip of {frames} frames does not go with alpha={alpha}: their number must be a multiple")
     return [k * (frames - 1) // max(1, count - 1) for k in range(count)]
+
+
+def _check_frames(frames: int, alpha: int) -> None:
+    if frames < alpha or frames % alpha:
+        raise ValueError(f"a clip of {frames} frames does not go with alpha={alpha}: their number must be a multiple")
 
 
 @dataclass(frozen=True)
@@ -312,7 +316,7 @@ class SlowFast(VideoTask):
                 f"width={width} must be a multiple of beta_inv={beta_inv}, image_size={image_size} one of {STRIDE}, "
                 f"and lateral_kernel={lateral_kernel} odd"
             )
-        slow_frames(frames, alpha)  # refuses what does not go together
+        _check_frames(frames, alpha)
         self.seconds = seconds
         self.example_input_array = torch.zeros(1, 3, frames, image_size, image_size)
         self.published = PublishedSlowFast()

@@ -5,11 +5,13 @@ constructor's), ``class_names`` (JSON), ``recipe``, ``metrics`` (JSON) and ``lic
 it was trained with says it, ``evaluation`` (JSON): how an image is made of a picture, or clips of a video.
 """
 
+import contextlib
 import inspect
 import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shortened
@@ -19,6 +21,10 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 import zoo
 from zoo.channels import adapt
@@ -232,10 +238,33 @@ def _compare_size(architecture: type[LightningModule], arguments: dict[str, Any]
     classes = arguments.get("num_classes")
     if isinstance(classes, int) and classes > max(there, 10**5):  # each is to be given a name
         raise ValueError(f"its arguments ask for {classes:,} classes, and it has {there:,} values")
-    with torch.device("meta"):
+    with torch.device("meta"), _making_at_most(1000 + 10 * len(state)):  # of modules some have no tensor, some five
         asked = sum(tensor.numel() for tensor in architecture(**arguments).state_dict().values())
     if asked > there:
         raise ValueError(f"its arguments ask for {asked:,} values, and it has {there:,}")
+
+
+@contextlib.contextmanager
+def _making_at_most(most: int) -> Iterator[None]:
+    """End the building of a network that comes to more modules and parameters: even empty ones take time.
+
+    Raises:
+        ValueError: It does.
+    """
+    made = 0
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > most:
+            raise ValueError("its arguments ask for far more layers than it has")
+
+    hooks = [register_module_parameter_registration_hook(count), register_module_module_registration_hook(count)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def save(
@@ -313,7 +342,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for key in ("arguments", "class_names", "metrics", "evaluation"):
             if key in header:
                 header[key] = json.loads(header[key])
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:  # the last, of json within json
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): fetch it again") from error
     return state, header
 

@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
 from datamodules import COCODataModule, ScenesDataModule
-from datamodules.coco import compressed_mask, pixels_in_runs
+from datamodules.coco import compressed_mask, pixels_in_runs, read_categories
 from datamodules.detection import DetectionLoader, Samples
 from datamodules.embedded.scenes import write_scenes
 from datamodules.picture_augmentation import (
@@ -645,6 +646,14 @@ def test_classes_that_contradict_those_of_training_are_named(tmp_path):
         ValueError, match=r"instances_val\.json: category 3 is cow, in the training annotations it is cat"
     ):
         module.setup("fit")
+
+
+def test_a_hundred_thousand_categories_are_read_in_seconds(tmp_path):
+    categories = [{"id": k, "name": str(k)} for k in range(100_000)]
+    (tmp_path / "many.json").write_text(json.dumps({"categories": categories}))
+    began = time.monotonic()
+    assert len(read_categories(tmp_path / "many.json")) == 100_000
+    assert time.monotonic() - began < 20
 
 
 def test_a_set_without_a_split_is_split_alike_every_time(tmp_path, scenes):

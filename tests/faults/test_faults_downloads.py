@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import textwrap
 import threading
 import time
@@ -19,6 +20,7 @@ import pytest
 
 from datamodules import download
 from datamodules.download import fetch
+from datamodules.voc import unpack
 
 CONTENT = bytes(range(256)) * 64
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -189,7 +191,7 @@ def test_one_process_downloads_and_the_others_wait_for_it(server, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_killed_download_does_not_lock_the_others_out(server, tmp_path):
+def test_a_killed_download_neither_locks_the_others_out_nor_leaves_a_part_for_ever(server, tmp_path):
     context = multiprocessing.get_context("fork")
     stuck = context.Process(target=fetch, args=(mirrors(server, "slow,good"), "file", MD5, tmp_path))
     stuck.start()
@@ -197,9 +199,39 @@ def test_a_killed_download_does_not_lock_the_others_out(server, tmp_path):
         time.sleep(0.01)
     stuck.kill()
     stuck.join()
-    assert not (tmp_path / "file").exists()
+    assert len(list(tmp_path.iterdir())) == 1
     fetch(mirrors(server, "good"), "file", MD5, tmp_path)
     assert (tmp_path / "file").read_bytes() == CONTENT
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_killed_processes_left_is_removed_by_the_next_and_not_what_one_is_at_work_on(tmp_path):
+    for left in (".unpacking-a", ".unpacking-b"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "1.jpg").write_bytes(b"half")
+    with download.alone(tmp_path, ".unpacking-*"):
+        assert list(tmp_path.iterdir()) == []
+        (tmp_path / ".unpacking-c").mkdir()
+        other = threading.Thread(target=enter, args=(tmp_path,))
+        other.start()
+        other.join(0.3)
+        assert other.is_alive()
+        assert (tmp_path / ".unpacking-c").is_dir()
+    other.join(20)
+    assert list(tmp_path.iterdir()) == []
+
+
+def enter(folder):
+    with download.alone(folder, ".unpacking-*"):
+        pass
+
+
+def test_what_a_killed_unpacking_left_is_removed_by_the_next(tmp_path):
+    (tmp_path / ".unpacking-x" / "JPEGImages").mkdir(parents=True)
+    with tarfile.open(tmp_path / "VOC.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("VOC2007/Annotations/1.xml"))
+    unpack(tmp_path / "VOC.tar", "VOC2007", tmp_path / "VOC2007")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["VOC.tar", "VOC2007"]
 
 
 @pytest.mark.faults

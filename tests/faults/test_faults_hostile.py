@@ -8,6 +8,7 @@ import pickle
 import struct
 import tarfile
 import tempfile
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from mutations import MIB, attack, damaged
 from readers import NAMES, VOC, all_readers, tar_of
 
+import zoo
 from datamodules.cifar import parse
 from datamodules.surfaces import read_pickled_points
 from datamodules.voc import unpack
@@ -84,8 +86,9 @@ def safetensors(header: dict, length: int | None = None) -> bytes:
     return struct.pack("<Q", len(text) if length is None else length) + text + bytes(64)
 
 
-def arguments(**given) -> bytes:
-    told = {"class_path": "zoo.LeNet", "arguments": json.dumps(given), "class_names": "[]", "format": "1"}
+def arguments(architecture: str = "LeNet", text: str | None = None, **given) -> bytes:
+    words = json.dumps(given) if text is None else text
+    told = {"class_path": f"zoo.{architecture}", "arguments": words, "class_names": "[]", "format": "1"}
     tensor = {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}
     return safetensors({"__metadata__": told, "head.weight": tensor})
 
@@ -97,6 +100,55 @@ def packed_checkpoint(sound: bytes, size: int) -> bytes:
         for name in old.namelist():
             new.writestr(name, bytes(size) if name.endswith("data/0") else old.read(name))
     return file.getvalue()
+
+
+def checkpoint(*extra: object) -> bytes:
+    """What a run of LeNet leaves, and something else."""
+    file = io.BytesIO()
+    torch.save({"state_dict": zoo.LeNet(image_size=8).state_dict(), "zoo": {}, "extra": extra}, file)
+    return file.getvalue()
+
+
+def expanded(**arguments) -> bytes:
+    """A checkpoint of tensors that are each one number, said to be many."""
+    with torch.device("meta"):
+        model = zoo.FullyConnectedNet(**arguments)
+    state = {key: torch.zeros((), dtype=value.dtype).expand(value.shape) for key, value in model.state_dict().items()}
+    file = io.BytesIO()
+    torch.save({"state_dict": state, "zoo": {"class_path": "zoo.FullyConnectedNet", "arguments": arguments}}, file)
+    return file.getvalue()
+
+
+def header(size: int, kind: bytes) -> bytes:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def longheaded(kind: bytes) -> bytes:
+    """An archive with a header that goes on for a gigabyte, in a megabyte."""
+    return gzip.compress(header(2**30, kind)) + gzip.compress(bytes(2**26)) * 16
+
+
+def chained(kind: bytes) -> bytes:
+    """An archive of headers that each say that another one follows."""
+    return gzip.compress((header(2**16, kind) + b"19 path=aaaaaaaaaaa\n".ljust(2**16, b"x")) * 400)
+
+
+def sparse_of_gnu() -> bytes:
+    """A member with a list of its parts that never ends."""
+    first = bytearray(header(0, tarfile.GNUTYPE_SPARSE))
+    first[482] = 1  # the list goes on
+    first[148:156] = b"%06o\0 " % (256 + sum(first[:148]) + sum(first[156:512]))
+    part = b"0" * 11 + b"\0" + b"00000000001\0"
+    return gzip.compress(bytes(first)) + gzip.compress((part * 21 + b"\1").ljust(512, b"\0") * 2**16) * 32
+
+
+def sparse_of_pax() -> bytes:
+    """The same as a number of numbers, at the start of the content."""
+    told = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n".ljust(512, b"\0")
+    start = header(44, tarfile.XHDTYPE) + told + header(2**30, tarfile.REGTYPE) + b"536870000\n"
+    return gzip.compress(start) + gzip.compress(b"1\n" * 2**25) * 16
 
 
 def idx(*sizes: int) -> bytes:
@@ -120,6 +172,12 @@ CLAIMS = {
     ),
     ("safetensors", "image_size"): lambda _: arguments(image_size=20000),
     ("safetensors", "classes"): lambda _: arguments(num_classes=10**10),
+    ("safetensors", "layers"): lambda _: arguments("PreActResNet", blocks_per_stage=10**8),
+    ("safetensors", "frames"): lambda _: arguments("SlowFast", frames=8 * 10**9),
+    ("safetensors", "nested"): lambda _: arguments(text="[" * 10**6),
+    ("safetensors", "digits"): lambda _: arguments(text='{"num_classes": ' + "9" * 5000 + "}"),
+    ("checkpoint", "expanded"): lambda _: expanded(hidden=[10**6]),
+    ("checkpoint", "bytes"): lambda _: checkpoint(Runs(bytearray, 2**40)),
     ("checkpoint", "packed"): lambda r: packed_checkpoint(r.content, 2**26),
     ("idx", "sizes"): lambda _: idx(2**32 - 1, 2**32 - 1, 2**32 - 1),
     ("idx.gz", "packed"): lambda _: gzip.compress(bytes(MIB)) * 512,
@@ -127,6 +185,12 @@ CLAIMS = {
     ("cifar", "bytes"): lambda _: b"\x80\x05\x96" + struct.pack("<Q", 2**36) + b"xx.",
     ("cifar", "frame"): lambda _: b"\x80\x05\x95" + struct.pack("<Q", 2**36) + b"xx.",
     ("cifar.tar.gz", "packed"): lambda _: tar_of({"cifar-10-batches-py/data_batch_1": bytes(2**26)}),
+    ("cifar.tar.gz", "pax header"): lambda _: longheaded(tarfile.XHDTYPE),
+    ("cifar.tar.gz", "long name"): lambda _: longheaded(tarfile.GNUTYPE_LONGNAME),
+    ("cifar.tar.gz", "chained headers"): lambda _: chained(tarfile.XHDTYPE),
+    ("cifar.tar.gz", "sparse"): lambda _: sparse_of_gnu(),
+    ("cifar.tar.gz", "sparse in pax"): lambda _: sparse_of_pax(),
+    ("cifar.tar.gz", "empty members"): lambda _: gzip.compress(header(0, tarfile.REGTYPE) * 2**10) * 2**9,
     ("dat", "memo"): lambda _: b"\x80\x02]r" + struct.pack("<I", 2**31) + b".",
     ("dat", "bytes"): lambda _: b"\x80\x05\x96" + struct.pack("<Q", 2**36) + b"xx.",
     ("obj", "face"): lambda r: r.content + b"f 1 2 99999999999\n",
@@ -141,6 +205,13 @@ CLAIMS = {
         b"a0: &a0 x\n"
         + b"".join(b"a%d: &a%d [%s]\n" % (k + 1, k + 1, b", ".join([b"*a%d" % k] * 10)) for k in range(12))
     ),
+    ("voc.tar", "pax header"): lambda _: longheaded(tarfile.XHDTYPE),
+    ("voc.tar", "pax header for all"): lambda _: longheaded(tarfile.XGLTYPE),
+    ("voc.tar", "long link"): lambda _: longheaded(tarfile.GNUTYPE_LONGLINK),
+    ("voc.tar", "chained headers"): lambda _: chained(tarfile.XHDTYPE),
+    ("voc.tar", "chained names"): lambda _: chained(tarfile.GNUTYPE_LONGNAME),
+    ("voc.tar", "sparse"): lambda _: sparse_of_gnu(),
+    ("voc.tar", "sparse in pax"): lambda _: sparse_of_pax(),
     ("voc.tar", "packed"): lambda _: tar_of({"VOCdevkit/VOC2007/JPEGImages/1.jpg": bytes(2**24)}),
 }
 
@@ -148,7 +219,38 @@ CLAIMS = {
 @pytest.mark.parametrize("claim", CLAIMS, ids=" ".join)
 def test_what_a_file_claims_is_neither_believed_nor_made_room_for(claim, readers, tmp_path):
     reader = readers[claim[0]]
+    began = time.monotonic()
     refused_or_read(reader, tmp_path, [CLAIMS[claim](reader)], 1)
+    assert time.monotonic() - began < 60
+
+
+NOT_STORED = {
+    "expanded": lambda: torch.zeros(1).expand(2**62, 1),
+    "expanded, many": lambda: [torch.zeros(1).expand(10**5) for _ in range(10)],
+    "sparse": lambda: torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1), (2**40,)),
+    "sparse, made empty": lambda: Runs(torch.sparse.FloatTensor, torch.Size([2**40])),
+    "nowhere": lambda: torch.empty(2**40, device="meta"),
+    "made empty": lambda: Runs(torch.Tensor, 2**32),
+    "bytes": lambda: Runs(bytearray, 2**24),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("kind", NOT_STORED)
+def test_a_tensor_that_is_not_stored_is_refused(kind, old):
+    content = {"a.weight": torch.ones(2), "more": [NOT_STORED[kind]()]}
+    torch.save(content, "w.pt", _use_new_zipfile_serialization=not old)
+    with pytest.raises(ValueError, match=r"w\.pt is (refused|truncated)"):
+        read_checkpoint("w.pt")
+
+
+def test_tensors_that_share_what_is_stored_are_read():
+    tied = torch.rand(1000)
+    torch.save({"a": tied, "b": tied, "parts": list(tied.view(10, 100)), "few": torch.ones(1).expand(8)}, "w.pt")
+    found = read_checkpoint("w.pt")
+    assert torch.equal(found["a"], tied)
+    assert torch.equal(torch.cat(found["parts"]), tied)
 
 
 # Code

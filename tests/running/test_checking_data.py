@@ -21,6 +21,8 @@ from datamodules import (
     ShapeNetDataModule,
     VOCDataModule,
 )
+from datamodules.checking import alike_in
+from datamodules.video_lists import VideoSet
 from zoo.cli import main
 from zoo.running.checking_data import LookAtSamples
 
@@ -67,6 +69,17 @@ def test_unreadable_pictures_are_all_named():
     first, second = images(root)
     assert first.startswith("1 file of split train that cannot be used: set/train/cat/1.png is empty")
     assert second.startswith("1 file of split val that cannot be used: set/val/dog/3.png cannot be read as a picture")
+
+
+@pytest.mark.parametrize("windows", [1, 2])
+def test_a_video_in_two_splits_is_named_whichever_of_its_windows_are_used(tmp_path, windows):
+    for name in (b"a.avi", b"b.avi"):
+        (tmp_path / name.decode()).write_bytes(b"x" * 1000)
+    spans = np.array([[0.0, 2.0], [2.0, 4.0]])[-windows:]
+    train = VideoSet(tmp_path, np.array([b"a.avi"] * windows), np.zeros(windows, dtype=int), spans)
+    test = VideoSet(tmp_path, np.array([b"b.avi"]), np.zeros(1, dtype=int), spans[-1:])
+    (found,) = alike_in({"train": train, "test": test}, ["run"])
+    assert found == f"1 sample is in two splits: {tmp_path}/b.avi (test) and {tmp_path}/a.avi (train)"
 
 
 def test_classes_that_are_alike_or_missing_are_named():

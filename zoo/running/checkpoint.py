@@ -27,6 +27,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+# Of what torch lets a pickle call: these take memory or time as they are told to, and no checkpoint of ours needs them.
+GREEDY = re.compile(rb"\n(bytearray|_rebuild_(?!tensor\n|tensor_v|parameter|from_type_v2\n)\w+)\n")
+LOCAL_HEADER = 2**18  # bytes that the one before a part of a zip file has at most
+SHARED = 4  # times the size of its file that all tensors may have together: some share what is stored
 STOPPING = [Signals.SIGTERM, *([signals.SIGUSR1] if hasattr(signals, "SIGUSR1") else [])]  # Windows has only the first
 
 
@@ -142,7 +146,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file would run code when loaded, is truncated, or holds no dictionary.
+        ValueError: The file would run code when loaded, is truncated, holds no dictionary, or claims more than it has.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
@@ -161,6 +165,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} is truncated or no checkpoint: use another file") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a checkpoint or a state dict")
+    _refuse_claims(path, content)
     return content
 
 
@@ -168,13 +173,48 @@ def _refuse_packed(path: str | os.PathLike) -> None:
     """Torch stores the parts of a checkpoint as they are; one that is packed could take any memory when it is read.
 
     Raises:
-        pickle.UnpicklingError: The parts are larger than the file.
+        pickle.UnpicklingError: A part is packed, the parts are larger than the file, or a pickle is greedy.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as parts:
-            size = sum(part.file_size for part in parts.infolist())
-        if size > os.path.getsize(path):
-            raise pickle.UnpicklingError(f"its parts have {size:,} bytes")
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # as torch decides it
+    for content in _pickles(path) if zipped else [Path(path).read_bytes()]:
+        if greedy := GREEDY.search(content):
+            raise pickle.UnpicklingError(f"it calls {greedy[1].decode()}")
+
+
+def _pickles(path: str | os.PathLike) -> list[bytes]:
+    with zipfile.ZipFile(path) as parts, open(path, "rb") as file:
+        size = sum(part.file_size for part in parts.infolist())
+        if size > os.path.getsize(path) or any(part.compress_type for part in parts.infolist()):
+            raise pickle.UnpicklingError(f"its parts have {size:,} bytes, or are packed")
+        found = []
+        for part in parts.infolist():
+            if part.filename.lower().endswith(".pkl"):
+                file.seek(part.header_offset)  # torch may leave checksums out, on which ZipFile insists
+                found.append(file.read(LOCAL_HEADER + part.file_size))
+        return found
+
+
+def _refuse_claims(path: str | os.PathLike, content: dict[str, Any]) -> None:
+    """A tensor may be an expanded number, or none that is stored: whatever reads it would make room for all of it.
+
+    Raises:
+        ValueError: A tensor is no plain one, or all together have far more bytes than the file.
+    """
+    asked, size = 0, os.path.getsize(path)
+    left: list[Any] = [content]
+    seen = set()  # containers within one another in many ways are looked at once
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise ValueError(f"{path} is refused: it has a tensor that is sparse, quantized or not stored")
+            asked += math.prod(value.shape) * value.element_size()
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            left += value.values() if isinstance(value, dict) else value
+    if asked > SHARED * size:
+        raise ValueError(f"{path} is refused: its tensors ask for {asked:,} bytes, and it has {size:,}")
 
 
 def checkpoint_callbacks(monitor: str | None, mode: str, minutes: float = 10.0) -> list[Callback]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import tempfile
 import time
 from http.client import HTTPException, HTTPResponse
@@ -20,11 +21,11 @@ def download(url: str, path: Path, sha256: str) -> None:
 
     It is tried twice, unless the server says that it has no such file. A server that says nothing for a minute has
     failed, and so has one that brings less than 1,000 bytes a second for a minute, however often it sends a byte; a
-    whole file may take as long as it needs.
+    whole file may take as long as it needs. What a killed process left of it is removed first.
 
     Args:
         url: Its address.
-        path: Where to; the folder exists.
+        path: Where to; the folder exists, and no other process downloads the file: the caller has locked it.
         sha256: The checksum, or its first digits.
 
     Raises:
@@ -41,8 +42,10 @@ def download(url: str, path: Path, sha256: str) -> None:
 
 
 def _download(url: str, path: Path, sha256: str) -> None:
+    for stale in path.parent.glob(f".download-{path.name}-*"):
+        shutil.rmtree(stale, ignore_errors=True)
     # Inside the target's folder, so that the move is atomic; removed again whatever happens.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as partial:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".download-{path.name}-") as partial:
         target = Path(partial) / path.name
         request = Request(url, headers={"User-Agent": "zoo"})
         with urlopen(request, timeout=SILENCE) as answer, open(target, "wb") as copy:
