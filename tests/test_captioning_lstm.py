@@ -434,9 +434,14 @@ def test_no_image_gives_no_caption(cell):
 def test_bf16_autocast_trains_and_captions(cell):
     network = build(cell).float()
     features, tokens = random(4, 5, 2, 2).float(), torch.randint(3, 7, (4, 6))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = captioning_loss(network(features, tokens), tokens[:, 1:])
-        captions = network.beam_search(features)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = captioning_loss(network(features, tokens), tokens[:, 1:])
+            captions = network.beam_search(features)
+    except RuntimeError as error:
+        if "primitive descriptor" in str(error):
+            pytest.skip("oneDNN of this torch has no LSTM in bfloat16 on this processor")
+        raise
     assert loss.item() == pytest.approx(captioning_loss(network(features, tokens), tokens[:, 1:]).item(), rel=0.05)
     loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())

@@ -400,14 +400,14 @@ def test_a_corrupt_picture_is_refused_in_one_line_that_names_it(damaged, workers
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_workers_end_with_an_error_also_where_it_is_kept(damaged, monkeypatch, cache):
+def test_workers_end_with_an_error_also_where_it_is_kept(flowers, monkeypatch, cache):
     def fail(self, shrink=1):
         raise PermissionError("not for you")
 
     monkeypatch.setattr(Picture, "pixels", fail)  # the workers are forked
     before = set(multiprocessing.active_children())
     with pytest.raises(PermissionError, match="not for you") as kept:
-        batches(data(damaged, workers=2, val_size=0, cache=cache).train_dataloader())
+        batches(data(flowers, workers=2, val_size=0, cache=cache).train_dataloader())
     assert set(multiprocessing.active_children()) <= before, "workers outlived their loader"
     assert kept.tb is not None  # it leads to every frame from here to the loader, whose workers it would keep alive
 

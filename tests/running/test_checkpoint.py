@@ -143,7 +143,10 @@ for attempt in range(12):
     if child == 0:
         for step in range(10**6):
             write_atomically(path, {"step": step, "weight": torch.zeros(10**6)})
-    time.sleep(0.05 + 0.017 * attempt)
+    before = path.stat().st_mtime_ns
+    while path.stat().st_mtime_ns == before:  # a busy machine takes its time for the first
+        time.sleep(0.005)
+    time.sleep(0.017 * attempt)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     print(read_checkpoint(path)["step"], flush=True)
@@ -174,6 +177,7 @@ def test_a_process_killed_while_saving_leaves_a_loadable_file(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     steps = [int(line) for line in result.stdout.split()]
     assert len(steps) == 12
+    assert min(steps) >= 0
     assert max(steps) > 0
     write_atomically(path, {"step": 0})  # and the next start removes what the killed ones left
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
