@@ -1,8 +1,12 @@
+import hashlib
+
+import numpy as np
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from datamodules.sampling import EvaluationBatches, TensorLoader, TrainingBatches
+from datamodules.image_folder import stratified_order
+from datamodules.sampling import EvaluationBatches, TensorLoader, TrainingBatches, split_at_random
 
 SIZES = [1, 2, 3, 5, 7, 21]
 WORLDS = [1, 2, 3]
@@ -419,3 +423,16 @@ def test_trainer_resumed_after_limited_epochs_starts_the_next_epoch_at_its_begin
     limited = {"limit_train_batches": 2, "max_epochs": 3}
     fit(**limited, callbacks=[SaveAt("on_train_epoch_end", 1, path)])
     assert fit(ckpt_path=path, **limited) == reference(3, 2)[2:]
+
+
+def digest(*indices):
+    content = b"".join(np.asarray(each, dtype=np.int64).tobytes() for each in indices)
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def test_splits_and_orders_are_those_of_every_version():
+    """Of numpy, torch and this project: else what was validated on would be trained on after an upgrade."""
+    split = split_at_random(1000, 0.1, 50, seed=0)
+    assert digest(split["train"], split["val"], split["test"]) == "af40773bd367d1d5"
+    assert digest(stratified_order(np.arange(300) % 7, seed=5)) == "7fef970ea84c4d76"
+    assert digest(*TrainingBatches(1000, 64, seed=3)) == "966dc78dbc7f9aba"
