@@ -42,6 +42,8 @@ def plain_arguments(init: Callable[Concatenate[Module, P], None]) -> Callable[Co
         for name, value in self.hparams.items():
             self.hparams[name] = plain(value, f"{type(self).__name__}: {name}")
 
+    # Lightning asks getfullargspec, which does not look behind a wrapper: this one would seem to take any argument.
+    with_plain_values.__signature__ = signature  # type: ignore[attr-defined]
     return with_plain_values
 
 

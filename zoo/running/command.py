@@ -23,7 +23,6 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from zoo import recipes
-from zoo.arguments import plain
 from zoo.recipes import RecipeError, refusing
 from zoo.running.checking_data import LookAtSamples
 from zoo.running.checkpoint import KeepLast, SafeCheckpointIO, checkpoint_callbacks, read_checkpoint
@@ -113,7 +112,7 @@ class RecipeCLI(LightningCLI):
             help="With --ckpt_path: data_set, split, batch_size, classes, or a list of them, may be another one.",
         )
         for fact in LINKED:
-            parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", compute_fn=plain, apply_on="instantiate")
+            parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; say where what is wrong was set; refuse what the data decides, which jsonargparse silently drops."""
