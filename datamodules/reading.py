@@ -393,10 +393,14 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     """
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):  # Windows has only the first
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+            signal.signal(getattr(signal, name), _do_nothing)  # to ignore it would be handed on to what a worker starts
     if hasattr(signal, "sigwaitinfo"):  # nor do all systems tell who has sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_the_parent_asks, name="zoo-ending", daemon=True).start()
+
+
+def _do_nothing(number: int, frame: Any) -> None:
+    pass
 
 
 def _end_when_the_parent_asks() -> None:

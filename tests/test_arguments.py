@@ -1,6 +1,7 @@
 """Whatever a model is made with, its checkpoint holds plain values; what cannot be plain is refused at once."""
 
 import enum
+import inspect
 import json
 from dataclasses import dataclass
 from fractions import Fraction
@@ -131,3 +132,29 @@ def test_a_data_module_may_have_its_classes_from_an_array(monkeypatch):
     (path,) = Path("runs").rglob("last.ckpt")
     assert type(torch.load(path, weights_only=True)["hyper_parameters"]["class_names"][0]) is str
     assert zoo.load(path).class_names == [str(digit) for digit in range(10)]
+
+
+class Own(LeNet):
+    """A user's subclass, with arguments of its own, one of them not plain."""
+
+    def __init__(self, extra, act=None, **more):
+        super().__init__(**more)
+        self.extra = extra
+
+
+def test_a_subclass_keeps_its_own_arguments(tmp_path):
+    model = Own(7, num_classes=np.int64(3), image_size=8)
+    assert model.hparams["extra"] == 7
+    assert type(model.hparams["num_classes"]) is int
+    assert Own(7, act=torch.nn.ReLU()).extra == 7  # it may not be read again, which is the subclass's to see to
+    trainer = Trainer(max_steps=0, logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    loaded = Own.load_from_checkpoint(tmp_path / "own.ckpt")
+    assert (loaded.extra, loaded.head.out_features) == (7, 3)
+
+
+@pytest.mark.parametrize("name", sorted(zoo.ARCHITECTURES))
+def test_a_constructor_takes_no_arguments_but_its_own(name):
+    """As Lightning asks: what data and recipe say besides is left out when a checkpoint is loaded."""
+    assert inspect.getfullargspec(getattr(zoo, name).__init__).varkw is None

@@ -32,19 +32,28 @@ def plain_arguments(init: Callable[Concatenate[Module, P], None]) -> Callable[Co
     signature = inspect.signature(init)
 
     @functools.wraps(init)
-    def with_plain_values(self: Module, *args: P.args, **kwargs: P.kwargs) -> None:
+    def __init__(self: Module, *args: P.args, **kwargs: P.kwargs) -> None:  # noqa: N807 (see below)
+        # save_hyperparameters looks for the arguments of a user's subclass in the frames of constructors, which it
+        # knows by this name and this variable.
+        __class__ = _Between  # noqa: F841
         given = signature.bind(self, *args, **kwargs)
         for name, value in given.arguments.items():
             if value is not self and name not in MAKERS:
                 given.arguments[name] = plain(value, f"{type(self).__name__}: {name}")
         init(*given.args, **given.kwargs)
         # Under LightningCLI these are not what the constructor got, but what the recipe and the data module said.
-        for name, value in self.hparams.items():
-            self.hparams[name] = plain(value, f"{type(self).__name__}: {name}")
+        for name in self.hparams.keys() & signature.parameters.keys():
+            self.hparams[name] = plain(self.hparams[name], f"{type(self).__name__}: {name}")
 
     # Lightning asks getfullargspec, which does not look behind a wrapper: this one would seem to take any argument.
-    with_plain_values.__signature__ = signature  # type: ignore[attr-defined]
-    return with_plain_values
+    __init__.__signature__ = signature  # type: ignore[attr-defined]
+    return __init__
+
+
+class _Between:
+    """A constructor between two others, which has no arguments of its own."""
+
+    def __init__(self) -> None: ...
 
 
 def plain(value: Any, name: str = "the value") -> Any:

@@ -129,7 +129,7 @@ def _evaluation_of(module: LightningModule) -> dict[str, Any] | None:
     data = getattr(getattr(module, "_trainer", None), "datamodule", None)
     try:
         return _checked_evaluation(getattr(data, "evaluation", None) or getattr(module, "evaluation", None))
-    except ValueError:
+    except Exception:  # a property of somebody's raises what it likes
         return None
 
 
@@ -218,6 +218,8 @@ def _checked_evaluation(said: Any) -> dict[str, Any] | None:
             f"its evaluation is {shortened(said)}, expected a mapping such as {{'short_side': 256, 'size': 224}}"
         )
     for key, value in said.items():
+        if type(key) is not str:
+            raise ValueError(f"its evaluation has the key {shortened(key)}, expected texts")
         parts = value if isinstance(value, list) and len(value) == 2 else [value]
         if key == "seconds" and type(value) in (int, float) and 0 < value < math.inf:
             continue
@@ -225,7 +227,7 @@ def _checked_evaluation(said: Any) -> dict[str, Any] | None:
             raise ValueError(
                 f"its evaluation says {key}={shortened(value)}, expected a whole number from 1 to {LARGEST:,}"
             )
-    return said
+    return {**said}
 
 
 def _compare_size(architecture: type[LightningModule], arguments: dict[str, Any], state: dict[str, Tensor]) -> None:

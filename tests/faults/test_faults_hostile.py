@@ -247,9 +247,10 @@ def test_a_tensor_that_is_not_stored_is_refused(kind, old):
 
 def test_tensors_that_share_what_is_stored_are_read():
     tied = torch.rand(1000)
-    torch.save({"a": tied, "b": tied, "parts": list(tied.view(10, 100)), "few": torch.ones(1).expand(8)}, "w.pt")
+    torch.save({"a": tied, "b": [tied] * 5, "parts": list(tied.view(10, 100)), "few": torch.ones(1).expand(8)}, "w.pt")
     found = read_checkpoint("w.pt")
     assert torch.equal(found["a"], tied)
+    assert torch.equal(found["b"][4], tied)
     assert torch.equal(torch.cat(found["parts"]), tied)
 
 

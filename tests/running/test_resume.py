@@ -256,6 +256,30 @@ def test_another_rate_is_refused_and_taken_where_it_is_asked_for(tmp_path, sched
     resumed_with(sgd(0.01, 0.8), make, ckpt_path=tmp_path / "b.ckpt", max_steps=9)  # these are its settings now
 
 
+def test_how_a_step_is_computed_may_be_another_one(tmp_path):
+    def adam(**how):
+        return lambda parameters: torch.optim.Adam(parameters, lr=1e-3, **how)
+
+    resumed_with(adam(), Cosine, until=5)[0].save_checkpoint(tmp_path / "a.ckpt")
+    for how in ({"foreach": False}, {"foreach": True}, {"fused": True}):
+        assert resumed_with(adam(**how), Cosine, ckpt_path=tmp_path / "a.ckpt")[0].global_step == 8
+
+
+def test_sequences_of_other_schedules_are_other_kinds(tmp_path):
+    def sequence(*kinds):
+        def make(optimizer, steps):
+            parts = [kind(optimizer, steps) for kind in kinds]
+            ends = [2 * (k + 1) for k in range(len(kinds) - 1)]
+            return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=ends)
+
+        return make
+
+    resumed_with(sgd(0.05), sequence(Linear, Cosine), until=5)[0].save_checkpoint(tmp_path / "a.ckpt")
+    for kinds in ((Linear, Linear), (Linear, Cosine, Cosine)):
+        with pytest.raises(ValueError, match="SequentialLR with Linear with Cosine, now SGD with SequentialLR"):
+            resumed_with(sgd(0.05), sequence(*kinds), ["optimizer"], tmp_path / "a.ckpt")
+
+
 def test_what_an_optimizer_remembers_goes_on_with_another_rate(tmp_path):
     resumed_with(sgd(0.05), None, until=5)[0].save_checkpoint(tmp_path / "a.ckpt")
     with pytest.warns(UserWarning, match="as asked"):

@@ -5,10 +5,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -72,6 +73,38 @@ def test_a_logger_that_fails_costs_nothing_and_is_named_at_once_and_at_the_end(t
     assert said.count(first) <= 4, "once in the training, once in the test, and where each is closed"
     if broken != "finalize":  # which comes after the end
         assert any(re.match(r"Broken FAILED \d+ times, at first by ConnectionError", text) for text in said)
+
+
+def test_a_server_that_is_waited_for_in_vain_is_asked_seldom(tmp_path, undisturbed):
+    class Slow(Broken):
+        calls = 0
+
+        def _fail(self, *_, **__):
+            type(self).calls += 1
+            time.sleep(2)
+            raise ConnectionError("timed out")
+
+    start = time.monotonic()
+    with pytest.warns(UserWarning, match="Slow FAILED"):
+        assert run(tmp_path, Slow("log_metrics")) == undisturbed
+    assert Slow.calls <= 1 + (time.monotonic() - start) / 20
+
+
+def test_what_failed_is_said_again_where_an_exception_ends_the_run(tmp_path):
+    class Fault(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            raise RuntimeError("a fault")
+
+    with pytest.warns(UserWarning, match=r"Broken FAILED \d+ times"), pytest.raises(RuntimeError, match="a fault"):
+        run(tmp_path, Broken("log_metrics"), callbacks=[Fault()])
+
+
+def test_a_logger_of_many_runs_is_wrapped_once(tmp_path):
+    logger = Broken("log_metrics")
+    for number in range(2):
+        with pytest.warns(UserWarning, match="FAILED"):
+            run(tmp_path / str(number), logger)
+    assert not hasattr(logger.log_metrics.not_tolerated, "not_tolerated")
 
 
 def test_without_the_callback_a_logger_ends_the_run_as_lightning_has_it(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import mmap
 import os
 import pickle
 import re
@@ -177,7 +178,9 @@ def _refuse_packed(path: str | os.PathLike) -> None:
     """
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"  # as torch decides it
-    for content in _pickles(path) if zipped else [Path(path).read_bytes()]:
+        # One of the old form may be large: it is searched where it lies.
+        contents = _pickles(path) if zipped else [mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)]
+    for content in contents:
         if greedy := GREEDY.search(content):
             raise pickle.UnpicklingError(f"it calls {greedy[1].decode()}")
 
@@ -203,13 +206,15 @@ def _refuse_claims(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """
     asked, size = 0, os.path.getsize(path)
     left: list[Any] = [content]
-    seen = set()  # containers within one another in many ways are looked at once
+    seen: set[Any] = set()  # what is there by several names is looked at once: tied weights, lists within one another
     while left:
         value = left.pop()
         if isinstance(value, Tensor):
             if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
                 raise ValueError(f"{path} is refused: it has a tensor that is sparse, quantized or not stored")
-            asked += math.prod(value.shape) * value.element_size()
+            place = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+            asked += 0 if place in seen else math.prod(value.shape) * value.element_size()
+            seen.add(place)
         elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
             seen.add(id(value))
             left += value.values() if isinstance(value, dict) else value

@@ -5,12 +5,13 @@ dropped without a word.
 """
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from lightning import Trainer
 from torch import Tensor
 
-HOW = ("foreign", "fused", "capturable", "differentiable")  # a step is computed, not what it computes
+HOW = ("foreach", "fused", "capturable", "differentiable")  # a step is computed, not what it computes
 Settings = dict[str, list[dict[str, Any]]]
 
 
@@ -24,13 +25,13 @@ def settings_of(trainer: Trainer) -> Settings:
     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
     return {
         "optimizers": [{"class": type(optimizer).__name__} | _of_group(group) for optimizer, group in groups],
-        "schedules": [{"class": type(each).__name__} | _of_schedule(each.state_dict()) for each in schedules],
+        "schedules": [_of_schedule(each) for each in schedules],
     }
 
 
 def other_kinds(before: Settings, now: Settings) -> str:
     """The classes of both, where they or the numbers of groups differ: nothing can be restored then."""
-    kinds = [[each["class"] for each in (*all_of["optimizers"], *all_of["schedules"])] for all_of in (before, now)]
+    kinds = [[each["class"] for each in _parts(every, "optimizers", "schedules")] for every in (before, now)]
     return "" if kinds[0] == kinds[1] else " with ".join(kinds[0]) + ", now " + " with ".join(kinds[1])
 
 
@@ -43,8 +44,8 @@ def changes(before: Settings, now: Settings, same_length: bool) -> list[str]:
         same_length: Whether both have as many steps; else what schedules derive from that differs too, and is not
             looked at.
     """
-    parts = ("optimizers", "schedules") if same_length else ("optimizers",)
-    pairs = [pair for part in parts for pair in zip(before[part], now[part], strict=True)]
+    kinds = ("optimizers", "schedules") if same_length else ("optimizers",)
+    pairs = zip(_parts(before, *kinds), _parts(now, *kinds), strict=True)
     said = [f"{key} {one[key]}, now {other[key]}" for one, other in pairs for key in _differing(one, other)]
     return list(dict.fromkeys(said))
 
@@ -67,16 +68,24 @@ def _retune(schedule: Any, before: dict[str, Any], now: dict[str, Any]) -> None:
     if hasattr(schedule, "base_lrs"):
         schedule.base_lrs = [group.get("initial_lr", group["lr"]) for group in schedule.optimizer.param_groups]
     for key in _differing(before, now):
-        if key != "_schedulers":
-            setattr(schedule, key, now[key])
+        setattr(schedule, key, now[key])
     parts = (getattr(schedule, "_schedulers", []), before.get("_schedulers", []), now.get("_schedulers", []))
     for part, was, wanted in zip(*parts, strict=True):  # of a sequence of schedules
         _retune(part, was, wanted)
 
 
+def _parts(settings: Settings, *kinds: str) -> Iterator[dict[str, Any]]:
+    """All of these kinds, and of a sequence of schedules each."""
+    left = [each for kind in reversed(kinds) for each in reversed(settings[kind])]
+    while left:
+        yield (each := left.pop())
+        left += reversed(each.get("_schedulers", []))
+
+
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The keys that both have: another version of torch may know more."""
-    return [key for key in before if key in now and json.dumps(before[key]) != json.dumps(now[key])]
+    """Of the keys that both have, as another version of torch may know more; parts are compared by themselves."""
+    both = [key for key in before if key in now and key != "_schedulers"]
+    return [key for key in both if json.dumps(before[key]) != json.dumps(now[key])]
 
 
 def _of_group(group: dict[str, Any]) -> dict[str, Any]:
@@ -84,12 +93,12 @@ def _of_group(group: dict[str, Any]) -> dict[str, Any]:
     return _plain(kept | {"lr": float(group.get("initial_lr", group["lr"]))})
 
 
-def _of_schedule(state: dict[str, Any]) -> dict[str, Any]:
+def _of_schedule(schedule: Any) -> dict[str, Any]:
     """Without the rates, which are the optimizer's."""
-    kept = {key: value for key, value in state.items() if key not in ("base_lrs", "_last_lr")}
+    kept = {key: value for key, value in schedule.state_dict().items() if key not in ("base_lrs", "_last_lr")}
     if "_schedulers" in kept:
-        kept["_schedulers"] = [_of_schedule(part) for part in kept["_schedulers"]]
-    return _plain(kept)
+        kept["_schedulers"] = [_of_schedule(part) for part in schedule._schedulers]
+    return {"class": type(schedule).__name__} | _plain(kept)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
+RARELY = 10  # times as long as a call took to fail it is not made again
 LOGGING = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
 
 
@@ -26,6 +28,7 @@ class ReportsMayFail(Callback):
     def __init__(self) -> None:
         self._failed: dict[str, str] = {}  # what, and how it failed at first
         self._times: dict[str, int] = {}
+        self._not_before: dict[str, float] = {}  # a call that waits for a server that is gone is made seldom
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the errors of loggers and bars."""
@@ -36,6 +39,10 @@ class ReportsMayFail(Callback):
             if isinstance(callback, ProgressBar):
                 self._tolerate(callback, [name for name in dir(callback) if name.startswith("on_")] + ["print"])
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say it also where the run ends in another way."""
+        self.teardown(trainer, pl_module, "")
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say once more what failed."""
         for what, how in self._failed.items():
@@ -44,6 +51,8 @@ class ReportsMayFail(Callback):
 
     def note(self, what: str, error: Exception) -> None:
         """A report has failed; the first time of each kind is said."""
+        if isinstance(error, BrokenPipeError):
+            _leave_stdout()
         self._times[what] = self._times.get(what, 0) + 1
         if what not in self._failed:
             self._failed[what] = f"{type(error).__name__}: {error}"
@@ -51,16 +60,24 @@ class ReportsMayFail(Callback):
 
     def _tolerate(self, reporter: Logger | ProgressBar, names: list[str] | tuple[str, ...]) -> None:
         for name in names:
-            setattr(reporter, name, self._tolerated(getattr(reporter, name), type(reporter).__name__))
+            setattr(reporter, name, self._tolerated(getattr(reporter, name), type(reporter).__name__, name))
 
-    def _tolerated(self, method: Callable, what: str) -> Callable:
+    def _tolerated(self, method: Callable, what: str, name: str) -> Callable:
+        method = getattr(method, "not_tolerated", method)  # of an earlier stage, or another Trainer
+
         @wraps(method)
         def tolerated(*args: Any, **options: Any) -> Any:
+            start = time.monotonic()
+            if start < self._not_before.get(f"{what}.{name}", 0.0) and name != "finalize":
+                return None
             try:
                 return method(*args, **options)
             except Exception as error:
+                now = time.monotonic()
+                self._not_before[f"{what}.{name}"] = now + RARELY * (now - start)
                 return self.note(what, error)
 
+        tolerated.not_tolerated = method  # type: ignore[attr-defined]
         return tolerated
 
 
@@ -82,4 +99,8 @@ def say(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written at the end
+        _leave_stdout()
+
+
+def _leave_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
