@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 import multiprocessing
 import os
 import signal
@@ -212,8 +213,31 @@ def read_each(
     rank_zero_info(f"reading {total} pictures once")
     chunks = [list(indices[start : start + CHUNK]) for start in range(0, len(indices), CHUNK)]
     reader = WholePictures(read)
+    places = np.zeros((total, 4), dtype=np.int64)
+    problems, kept = read_chunks(reader, chunks, places, workers)
+    return problems, KeptPictures(kept, places) if keep else None
+
+
+def read_chunks(
+    reader: Dataset, chunks: list[list[int]], places: np.ndarray, workers: int
+) -> tuple[dict[int, str], list[Tensor]]:
+    """Have each chunk of samples read once, as :class:`WholePictures` does it.
+
+    Args:
+        reader: What a worker does.
+        chunks: The samples' indices.
+        places: int64 (N, P): of each sample its piece, where it begins there, and its size without the channels; filled
+            in for those that can be read.
+        workers: Processes that read.
+
+    Returns:
+        What is wrong with the others, by index; and the pieces.
+
+    Raises:
+        OSError: A file cannot be read for a reason that is not its own.
+    """
     problems: dict[int, str] = {}
-    kept, places = [], np.zeros((total, 4), dtype=np.int64)
+    kept = []
     with once(reader, chunks, workers) as loader:
         for number, (chunk, (piece, outcomes)) in enumerate(zip(chunks, loader, strict=True)):
             kept.append(piece.clone())  # out of the memory that is shared with the worker
@@ -225,8 +249,8 @@ def read_each(
                     problems[index] = outcome
                 else:
                     places[index] = number, start, *outcome
-                    start += 3 * outcome[0] * outcome[1]
-    return problems, KeptPictures(kept, places) if keep else None
+                    start += 3 * math.prod(outcome)
+    return problems, kept
 
 
 def problems_of_all(problems: dict[int, str], world_size: int, refuse: bool) -> dict[int, str]:

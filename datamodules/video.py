@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.reading import SKIP, AheadLoader, once, problems_of_all, processors, some
+from datamodules.reading import SKIP, AheadLoader, problems_of_all, processors, read_chunks, some
 from datamodules.sampling import EvaluationBatches, TrainingBatches, training_batches
 from datamodules.video_files import VideoFile, video_library
 from datamodules.video_lists import (
@@ -605,18 +605,7 @@ def read_videos(clips: Clips, indices: range, keep: bool, workers: int) -> tuple
     """
     rank_zero_info(f"reading {len(clips.videos)} videos once")
     chunks = [list(indices[start : start + CHUNK]) for start in range(0, len(indices), CHUNK)]
-    problems: dict[int, str] = {}
-    kept, places = [], np.zeros((len(clips.videos), 5), dtype=np.int64)
-    with once(WholeVideos(clips, keep), chunks, workers if len(indices) > 2 * CHUNK else 0) as loader:
-        for number, (chunk, (piece, outcomes)) in enumerate(zip(chunks, loader, strict=True)):
-            kept.append(piece.clone())  # out of the memory that is shared with the worker
-            start = 0
-            for index, outcome in zip(chunk, outcomes, strict=True):
-                if isinstance(outcome, OSError):
-                    raise outcome
-                if isinstance(outcome, str):
-                    problems[index] = outcome
-                else:
-                    places[index] = number, start, *outcome
-                    start += 3 * math.prod(outcome)
+    places = np.zeros((len(clips.videos), 5), dtype=np.int64)
+    few = len(indices) <= 2 * CHUNK
+    problems, kept = read_chunks(WholeVideos(clips, keep), chunks, places, 0 if few else workers)
     return problems, KeptFrames(kept, places) if keep else None

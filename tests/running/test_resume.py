@@ -256,6 +256,16 @@ def test_another_rate_is_refused_and_taken_where_it_is_asked_for(tmp_path, sched
     resumed_with(sgd(0.01, 0.8), make, ckpt_path=tmp_path / "b.ckpt", max_steps=9)  # these are its settings now
 
 
+@pytest.mark.parametrize("schedule", ["torch", "zoo", "sequence"])
+def test_another_rate_for_another_length_leaves_the_schedule_as_it_was_made(tmp_path, schedule):
+    stopped, _ = resumed_with(sgd(0.05), SCHEDULES[schedule], until=5)
+    stopped.save_checkpoint(tmp_path / "a.ckpt")
+    _, straight = resumed_with(sgd(0.01), SCHEDULES[schedule])
+    with pytest.warns(UserWarning, match="goes on as it was made, for the first number"):
+        _, rates = resumed_with(sgd(0.01), SCHEDULES[schedule], ["optimizer"], tmp_path / "a.ckpt", max_steps=12)
+    assert rates[:3] == pytest.approx(straight[5:])
+
+
 def test_how_a_step_is_computed_may_be_another_one(tmp_path):
     def adam(**how):
         return lambda parameters: torch.optim.Adam(parameters, lr=1e-3, **how)

@@ -50,8 +50,11 @@ def changes(before: Settings, now: Settings, same_length: bool) -> list[str]:
     return list(dict.fromkeys(said))
 
 
-def take(trainer: Trainer, before: Settings, now: Settings) -> None:
-    """Put the settings of the run in the place of the checkpoint's; the rates move in proportion."""
+def take(trainer: Trainer, before: Settings, now: Settings, same_length: bool) -> None:
+    """Put the settings of the run in the place of the checkpoint's; the rates move in proportion.
+
+    Schedules stay as they were made for a run of another length, as in :func:`changes`.
+    """
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     for group, was, wanted in zip(groups, before["optimizers"], now["optimizers"], strict=True):
         group.update({key: wanted[key] for key in _differing(was, wanted) if key != "lr"})
@@ -61,7 +64,7 @@ def take(trainer: Trainer, before: Settings, now: Settings) -> None:
     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
     # Averaging of weights has dropped its schedule by then.
     for schedule, was, wanted in zip(schedules, before["schedules"], now["schedules"], strict=False):
-        _retune(schedule, was, wanted)
+        _retune(schedule, was, wanted if same_length else was)
 
 
 def _retune(schedule: Any, before: dict[str, Any], now: dict[str, Any]) -> None:

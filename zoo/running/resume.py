@@ -128,7 +128,7 @@ class ExactResume(Callback):
             )
         made_with, self._settings_before = self._settings_before, None
         if made_with is not None and self._settings is not None:
-            take(trainer, made_with, self._settings)
+            take(trainer, made_with, self._settings, planned == planned_steps(trainer))
         states, self._states = self._states, None
         if states is None:
             if trainer.global_rank:  # else all processes would augment and drop out alike; rank 0 stays as it is alone
